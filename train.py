@@ -1,0 +1,277 @@
+"""Trains a very deep VAE, or evaluates one on its test set: `python train.py --hps PRESET`.
+
+The same file runs under mpiexec, torchrun and srun. Losses are in nats per dimension (a
+dimension: one of the three levels of a pixel); bits_per_dim is elbo / ln 2.
+"""
+
+import math
+import os
+import time
+from collections import deque
+
+import imageio.v3 as imageio
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, Subset
+from tqdm import tqdm
+
+from data import set_up_data
+from hps import UserError
+from train_helpers import (
+    accumulate_stats,
+    load_opt,
+    load_vaes,
+    save_model,
+    set_up_hyperparams,
+    update_ema,
+)
+from utils import (
+    allreduce,
+    get_cpu_stats_over_ranks,
+    mpi_rank,
+    mpi_size,
+    noise_seed,
+    run_command,
+)
+from vae_helpers import nats_to_bits
+
+# The purposes of random numbers: each is a seed of its own, a function of the run's seed.
+TRAINING, EVALUATION, PICTURES = range(3)
+
+# Steps of this run at which to log and draw besides the regular ones: progress from the start.
+EARLY_STEPS = {1} | {2**k for k in range(3, 14)}
+
+
+def training_step(H, data_input, target, vae, ema_vae, optimizer, iterate):
+    """One step on a batch of input and target (N, R, R, 3).
+
+    The update is skipped, on all ranks alike, if any saw a NaN or if the gradient norm, before
+    clipping, is not below H.skip_threshold.
+
+    Returns:
+        floats: elbo, distortion, rate (batch means over all ranks), rate_nans, distortion_nans
+        and skipped_updates (each 0 or 1), grad_norm, iter_time in seconds.
+    """
+    start = time.time()
+    vae.zero_grad(set_to_none=True)
+    stats = vae(data_input, target)
+    stats["elbo"].backward()
+    norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), H.grad_clip)
+    stats = get_cpu_stats_over_ranks(  # the step's one wait for the device
+        {
+            **stats,
+            "rate_nans": stats["rate"].isnan(),
+            "distortion_nans": stats["distortion"].isnan(),
+            "grad_norm": norm,
+        }
+    )
+    for key in ("rate_nans", "distortion_nans"):
+        stats[key] = float(stats[key] > 0)  # on any rank
+    limit = math.inf if H.skip_threshold == -1 else H.skip_threshold
+    # A norm that is infinite or NaN is below no limit: it never reaches the weights.
+    apply = not stats["rate_nans"] and not stats["distortion_nans"] and stats["grad_norm"] < limit
+    if apply:
+        optimizer.step()
+        update_ema(vae, ema_vae, H.ema_rate)
+    return {**stats, "skipped_updates": float(not apply), "iter_time": time.time() - start}
+
+
+@torch.no_grad()
+def eval_step(data_input, target, ema_vae):
+    """Floats elbo, distortion and rate: means over a batch (N, R, R, 3) and the ranks."""
+    return get_cpu_stats_over_ranks(ema_vae(data_input, target))
+
+
+@torch.inference_mode()
+def evaluate(H, ema_vae, data_valid, preprocess_fn):
+    """Scores every image of a data set once, whatever the batch size and number of processes.
+
+    An image's noise is a function of H.seed and its index, so the figures are the same for any
+    n_batch and any number of processes, to rounding.
+
+    Returns:
+        n_batches, n_images; elbo, distortion and rate, means over images in nats per dimension;
+        filtered_elbo, over the images where it is finite; bits_per_dim.
+    """
+    mine = Subset(data_valid, range(mpi_rank(), len(data_valid), mpi_size()))
+    loader = DataLoader(mine, batch_size=H.n_batch)
+    # Sums over images: count, elbo, finite elbos, how many those are, distortion, rate, batches.
+    totals = torch.zeros(7, dtype=torch.float64)
+    for batch in tqdm(loader, "evaluating", disable=None if mpi_rank() == 0 else True):
+        first = int(totals[0])
+        indices = mine.indices[first : first + len(batch[0])]
+        generators = [
+            torch.Generator().manual_seed(noise_seed(H.seed, EVALUATION, i)) for i in indices
+        ]
+        distortion, rate = (
+            t.double().cpu()
+            for t in ema_vae.distortion_and_rate(*preprocess_fn(batch), generators=generators)
+        )  # each (N,)
+        elbo = distortion + rate
+        finite = elbo.isfinite()
+        totals += torch.stack(
+            [
+                torch.tensor(len(elbo)),
+                elbo.sum(),
+                elbo[finite].sum(),
+                finite.sum(),
+                distortion.sum(),
+                rate.sum(),
+                torch.tensor(1),
+            ]
+        )
+    totals = allreduce(totals.to(H.device or "cpu"), average=False).tolist()
+    n_images, elbo, finite_elbo, n_finite, distortion, rate, n_batches = totals
+    return {
+        "n_batches": int(n_batches),
+        "n_images": int(n_images),
+        "filtered_elbo": finite_elbo / n_finite if n_finite else math.nan,
+        "elbo": elbo / n_images,
+        "distortion": distortion / n_images,
+        "rate": rate / n_images,
+        "bits_per_dim": nats_to_bits(elbo / n_images),
+    }
+
+
+def run_test_eval(H, ema_vae, data_test, preprocess_fn, logprint):
+    """Logs a `test_loss` line for the EMA weights and returns its figures."""
+    logprint("evaluating on the test set")
+    stats = evaluate(H, ema_vae, data_test, preprocess_fn)
+    logprint(type="test_loss", **stats)
+    return stats
+
+
+def get_sample_for_visualization(data, preprocess_fn, num, dataset):
+    """The first `num` images: (uint8 (num, R, R, 3), network input). `dataset` is not used."""
+    batch = next(iter(DataLoader(data, batch_size=num)))
+    return batch[0], preprocess_fn(batch)[0]
+
+
+@torch.no_grad()
+def write_images(H, ema_vae, viz_batch_original, viz_batch_processed, fname, logprint):
+    """Writes a PNG with a column per image (uint8 (N, R, R, 3), and as input) and rows of:
+
+    the originals; num_variables_visualize rows decoded from the first k latents, k evenly spaced
+    over the layers, the rest sampled at t = 0.1; num_temperatures_visualize rows of samples at
+    t = 1.0, 0.9, 0.8, 0.7.
+    """
+    n = len(viz_batch_original)
+    latents = [s["z"] for s in ema_vae.forward_get_latents(viz_batch_processed)]
+    rows = [np.asarray(viz_batch_original)]
+    for row in range(1, H.num_variables_visualize + 1):
+        k = row * len(latents) // (H.num_variables_visualize + 1)
+        rows.append(ema_vae.forward_samples_set_latents(n, latents[:k], t=0.1))
+    for t in (1.0, 0.9, 0.8, 0.7)[: H.num_temperatures_visualize]:
+        rows.append(ema_vae.forward_uncond_samples(n, t=t))
+    logprint(f"writing pictures to {fname}")
+    picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
+    imageio.imwrite(fname, picture)
+
+
+def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint):
+    """Trains to H.num_epochs, then evaluates, saves and draws.
+
+    Raises:
+        UserError: if there is no full batch to train on, or H.max_skips updates in a row were
+            skipped.
+    """
+    # 1. What the steps need.
+    optimizer, scheduler, _, iterate, starting_epoch = load_opt(H, vae, logprint)
+    sampler = DistributedSampler(data_train, mpi_size(), mpi_rank(), seed=H.seed)
+    loader = DataLoader(data_train, H.n_batch, sampler=sampler, drop_last=True)
+    if not len(loader):
+        raise UserError(
+            f"--n_batch {H.n_batch} on {mpi_size()} processes: the {len(data_train)} training "
+            f"images make no full batch; lower --n_batch"
+        )
+    viz = get_sample_for_visualization(data_valid, preprocess_fn, H.num_images_visualize, H.dataset)
+    stats, first_iterate, skips = deque(maxlen=H.iters_per_print), iterate, 0
+
+    def save(name):
+        if mpi_rank() == 0:
+            save_model(os.path.join(H.save_dir, name), vae, ema_vae, optimizer, H)
+
+    def draw():
+        if mpi_rank() == 0:
+            torch.manual_seed(noise_seed(H.seed, PICTURES))
+            fname = os.path.join(H.save_dir, f"samples-{iterate}.png")
+            write_images(H, ema_vae, *viz, fname, logprint)
+
+    def evaluate_and_log():
+        figures = evaluate(H, ema_vae, data_valid, preprocess_fn)
+        logprint(model=H.desc, type="eval_loss", epoch=epoch, step=iterate, **figures)
+
+    for epoch in range(starting_epoch, H.num_epochs):
+        sampler.set_epoch(epoch)
+        for batch in loader:
+            # 2. The step. Its noise is a function of (seed, rank, step).
+            torch.manual_seed(noise_seed(H.seed, TRAINING, mpi_rank(), iterate))
+            data_input, target = preprocess_fn(batch)
+            lr = scheduler.get_last_lr()[0]
+            stats.append(training_step(H, data_input, target, vae, ema_vae, optimizer, iterate))
+            scheduler.step()
+            iterate += 1
+            early = iterate - first_iterate in EARLY_STEPS
+
+            # 3. A run that no longer updates says so.
+            skips = skips + 1 if stats[-1]["skipped_updates"] else 0
+            if skips == H.skip_streak:
+                logprint(
+                    f"WARNING: the last {skips} updates were all skipped (gradient norm "
+                    f"{stats[-1]['grad_norm']:.4g}, --skip_threshold {H.skip_threshold:g}): the "
+                    f"model is not training. Restore an earlier checkpoint with a lower --lr, or "
+                    f"raise --skip_threshold."
+                )
+
+            # 4. Log, save, draw.
+            if early or iterate % H.iters_per_print == 0:
+                average = accumulate_stats(stats, H.iters_per_print)
+                logprint(
+                    model=H.desc,
+                    type="train_loss",
+                    lr=lr,
+                    epoch=epoch,
+                    step=iterate,
+                    **average,
+                    bits_per_dim=nats_to_bits(average["elbo"]),
+                    skip_rate=average["skipped_updates"] / len(stats),
+                    images_per_second=H.n_batch * mpi_size() / average["iter_time"],
+                )
+            if iterate % H.iters_per_save == 0 and math.isfinite(stats[-1]["elbo"]):
+                save("latest")
+            if iterate % H.iters_per_ckpt == 0:
+                save(f"iter-{iterate}")
+            if iterate % H.iters_per_images == 0 or (early and H.dataset != "ffhq_1024"):
+                draw()
+            if skips == H.max_skips:
+                save("latest")
+                raise UserError(
+                    f"--max_skips {H.max_skips}: as many updates in a row were skipped (last "
+                    f"gradient norm {stats[-1]['grad_norm']:.4g}, --skip_threshold "
+                    f"{H.skip_threshold:g}); restore an earlier checkpoint with a lower --lr, or "
+                    f"raise --skip_threshold"
+                )
+        if (epoch + 1) % H.epochs_per_eval == 0 and epoch + 1 < H.num_epochs:
+            evaluate_and_log()
+
+    # 5. The end of a run.
+    epoch = H.num_epochs - 1
+    evaluate_and_log()
+    save("latest")
+    draw()
+
+
+def main():
+    H, logprint = set_up_hyperparams()
+    if H.test_eval and not (H.restore_ema_path or H.restore_path):
+        raise UserError("--test_eval needs weights: name them with --restore_ema_path")
+    H, data_train, data_valid_or_test, preprocess_fn = set_up_data(H)
+    vae, ema_vae = load_vaes(H, logprint)
+    if H.test_eval:
+        run_test_eval(H, ema_vae, data_valid_or_test, preprocess_fn, logprint)
+    else:
+        train_loop(H, data_train, data_valid_or_test, preprocess_fn, vae, ema_vae, logprint)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,451 @@
+"""The network: a bottom-up encoder and a top-down decoder of stochastic layers.
+
+Very Deep VAEs (arXiv 2011.10650), section 3 and figure 3.
+
+Shapes: N batch, C = width(R), Z = H.zdim, R resolution. Tensors are (N, C, R, R); images,
+inputs and targets are (N, R, R, 3). `xs` is the decoder's state, {R: (N, C, R, R)}, and
+`activations` are the encoder's, likewise. Log standard deviations end in v, means in m;
+q is the posterior and p the prior.
+"""
+
+import itertools
+import math
+import re
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hps import UserError
+from vae_helpers import (
+    DmolNet,
+    HModule,
+    draw_gaussian_diag_samples,
+    gaussian_analytical_kl,
+    get_1x1,
+    get_3x3,
+)
+
+# ---- block strings -------------------------------------------------------------------------
+
+
+def _tokens(s):
+    """The tokens of a block string: (token, resolution, kind, number), kind one of x, m, d, None.
+
+    Raises:
+        UserError: quoting the token that is none of RxK, RmS, RdK and R.
+    """
+    for token in s.split(","):
+        match = re.fullmatch(r"([1-9]\d*)(?:([xmd])([1-9]\d*))?", token.strip(), re.ASCII)
+        if not match:
+            raise UserError(
+                f"block string token {token!r} is not RxK, RmS, RdK or R with whole numbers of at "
+                f"least 1, such as 32x11, 8m4 or 32d2; it stands in {s!r}"
+            )
+        resolution, kind, number = match.groups()
+        yield token.strip(), int(resolution), kind, number and int(number)
+
+
+def parse_layer_string(s):
+    """A block string as a list of (resolution, None | resolution mixed in | pooling rate).
+
+    Raises:
+        UserError: quoting the token that is none of RxK, RmS, RdK and R.
+    """
+    layers = []
+    for _, resolution, kind, number in _tokens(s):
+        if kind == "x":
+            layers += [(resolution, None)] * number
+        else:
+            layers.append((resolution, number))
+    return layers
+
+
+class _Widths(dict):
+    """Resolution → width, with a default for resolutions not named."""
+
+    def __init__(self, default, named):
+        super().__init__(named)
+        self.default = default
+
+    def __missing__(self, resolution):
+        return self.default
+
+    def __reduce__(self):
+        return _Widths, (self.default, dict(self))
+
+
+def get_width_settings(width, s):
+    """Mapping resolution → width: those that s ("R:width,R:width", or None) names, else `width`.
+
+    Raises:
+        UserError: quoting the pair that is not R:width.
+    """
+    named = {}
+    for pair in s.split(",") if s else ():
+        match = re.fullmatch(r"([1-9]\d*):([1-9]\d*)", pair.strip(), re.ASCII)
+        if not match:
+            raise UserError(
+                f"custom_width_str {s!r}: {pair!r} is not R:width with whole numbers of at least "
+                f"1, such as 512:32"
+            )
+        named[int(match[1])] = int(match[2])
+    return _Widths(width, named)
+
+
+def check_blocks(H):
+    """Holds the block strings against the image size and each other, before anything is built.
+
+    Raises:
+        UserError: quoting the option, the token and the rule.
+    """
+    widths = get_width_settings(H.width, H.custom_width_str)
+    for option in ("enc_blocks", "dec_blocks"):
+        if not getattr(H, option):
+            raise UserError(f"{option} is {getattr(H, option)!r}: a block string is needed")
+    if widths[H.image_size] != H.width:
+        raise UserError(
+            f"custom_width_str {H.custom_width_str!r} gives image_size {H.image_size} the width "
+            f"{widths[H.image_size]}: there it must be --width, {H.width}"
+        )
+
+    encoded, size = {H.image_size}, H.image_size
+    for token, resolution, kind, number in _tokens(H.enc_blocks):
+        where = f"enc_blocks token {token!r}"
+        if kind == "m":
+            raise UserError(f"{where}: RmS belongs in dec_blocks; the encoder takes RxK and RdK")
+        if resolution != size:
+            raise UserError(f"{where}: the resolution there is {size} (image_size {H.image_size})")
+        if kind == "d":
+            if size % number:
+                raise UserError(f"{where}: {size} pixels can't be pooled by {number}")
+            size //= number
+        if widths[resolution] > widths[size]:
+            raise UserError(
+                f"{where}: width {widths[resolution]} at {resolution} does not fit width "
+                f"{widths[size]} at {size}; widths grow as resolutions shrink"
+            )
+        encoded.add(size)
+    decoded = set()
+    biased = {r for r, _ in parse_layer_string(H.dec_blocks) if r <= H.no_bias_above}
+    for token, resolution, kind, number in _tokens(H.dec_blocks):
+        where = f"dec_blocks token {token!r}"
+        if kind == "d":
+            raise UserError(f"{where}: RdK belongs in enc_blocks; the decoder takes RxK and RmS")
+        if resolution not in encoded:
+            raise UserError(f"{where}: the encoder has no activations at {resolution}")
+        if kind == "m":
+            if number not in decoded | biased:
+                raise UserError(f"{where}: no state of resolution {number} exists before it")
+            if resolution % number:
+                raise UserError(f"{where}: {resolution} is no multiple of {number}")
+            if widths[number] < widths[resolution]:
+                raise UserError(
+                    f"{where}: width {widths[number]} at {number} is below width "
+                    f"{widths[resolution]} at {resolution}; widths grow as resolutions shrink"
+                )
+        decoded.add(resolution)
+    if H.image_size not in decoded:
+        raise UserError(f"dec_blocks {H.dec_blocks!r} never reach image_size {H.image_size}")
+    if size not in decoded:
+        raise UserError(f"enc_blocks {H.enc_blocks!r} end at {size}, which no decoder block reads")
+
+
+# ---- encoder -------------------------------------------------------------------------------
+
+
+def pad_channels(t, width):
+    """t (N, C, R, R) with zero channels appended up to `width`.
+
+    Raises:
+        ValueError: if it has more channels than that.
+    """
+    missing = width - t.shape[1]
+    if missing < 0:
+        raise ValueError(f"{t.shape[1]} channels do not fit a width of {width}")
+    return F.pad(t, (0, 0, 0, 0, 0, missing)) if missing else t
+
+
+class Block(nn.Module):
+    """Four convolutions, each preceded by GELU: 1x1, 3x3, 3x3, 1x1, through a bottleneck."""
+
+    def __init__(
+        self,
+        in_width,
+        middle_width,
+        out_width,
+        down_rate=None,
+        residual=False,
+        use_3x3=True,
+        zero_last=False,
+    ):
+        super().__init__()
+        self.down_rate = down_rate
+        self.residual = residual
+        get_middle = get_3x3 if use_3x3 else get_1x1
+        self.c1 = get_1x1(in_width, middle_width)
+        self.c2 = get_middle(middle_width, middle_width)
+        self.c3 = get_middle(middle_width, middle_width)
+        self.c4 = get_1x1(middle_width, out_width, zero_weights=zero_last)
+
+    def forward(self, x):
+        h = self.c1(F.gelu(x))  # (N, middle, R, R)
+        h = self.c2(F.gelu(h))
+        h = self.c3(F.gelu(h))
+        h = self.c4(F.gelu(h))  # (N, out, R, R)
+        if self.residual:
+            h = x + h
+        if self.down_rate is not None:
+            h = F.avg_pool2d(h, self.down_rate)  # (N, out, R / down_rate, R / down_rate)
+        return h
+
+
+def _middle_width(H, width):
+    return int(width * H.bottleneck_multiple)
+
+
+@torch.no_grad()
+def _scale_by_depth(conv, n_blocks):
+    """n_blocks residual terms of variance 1/n_blocks each: the sum keeps its variance."""
+    conv.weight.mul_(math.sqrt(1 / n_blocks))
+
+
+class Encoder(HModule):
+    """Bottom-up: images (N, R, R, 3) → {R: last activation at R, (N, C, R, R)}."""
+
+    def build(self):
+        H = self.H
+        self.widths = get_width_settings(H.width, H.custom_width_str)
+        self.in_conv = get_3x3(H.image_channels, H.width)
+        layers = parse_layer_string(H.enc_blocks)
+        self.enc_blocks = nn.ModuleList()
+        for resolution, down_rate in layers:
+            width = self.widths[resolution]
+            block = Block(
+                width,
+                _middle_width(H, width),
+                width,
+                down_rate=down_rate,
+                residual=True,
+                use_3x3=resolution > 2,
+            )
+            self.enc_blocks.append(block)
+        for block in self.enc_blocks:
+            _scale_by_depth(block.c4, len(layers))
+
+    def forward(self, x):
+        x = self.in_conv(x.permute(0, 3, 1, 2).contiguous())  # (N, H.width, R, R)
+        activations = {x.shape[2]: x}
+        for block in self.enc_blocks:
+            x = block(x)
+            x = pad_channels(x, self.widths[x.shape[2]])  # (N, C, R, R) of the new R
+            activations[x.shape[2]] = x
+        return activations
+
+
+# ---- decoder -------------------------------------------------------------------------------
+
+
+class DecBlock(nn.Module):
+    """One stochastic layer at one resolution: posterior, prior and their merge into the state."""
+
+    def __init__(self, H, res, mixin, n_blocks):
+        super().__init__()
+        self.H = H
+        self.base = res
+        self.mixin = mixin
+        self.widths = get_width_settings(H.width, H.custom_width_str)
+        self.zdim = H.zdim
+        width = self.widths[res]
+        middle, use_3x3 = _middle_width(H, width), res > 2
+        self.enc = Block(2 * width, middle, 2 * H.zdim, use_3x3=use_3x3)
+        self.prior = Block(width, middle, 2 * H.zdim + width, use_3x3=use_3x3, zero_last=True)
+        self.z_proj = get_1x1(H.zdim, width)
+        _scale_by_depth(self.z_proj, n_blocks)
+        self.resnet = Block(width, middle, width, residual=True, use_3x3=use_3x3)
+        _scale_by_depth(self.resnet.c4, n_blocks)
+
+    def z_fn(self, z):
+        """z (N, Z, R, R) → its share of the state (N, C, R, R)."""
+        return self.z_proj(z)
+
+    def _take(self, xs, n):
+        """The state here, (N, C, R, R), then the prior's pm and pv, then the state it passes on.
+
+        n is the batch size, to which constants in xs, with a batch of 1, are broadcast.
+        """
+        x = xs.get(self.base)
+        if x is None:
+            x = next(iter(xs.values())).new_zeros(1, self.widths[self.base], self.base, self.base)
+        x = x.expand(n, -1, -1, -1)  # (N, C, R, R)
+        if self.mixin is not None:
+            mixed = xs[self.mixin][:, : x.shape[1]]  # (N, C, S, S)
+            x = x + F.interpolate(mixed, scale_factor=self.base // self.mixin)
+        pm, pv, residual = self.prior(x).split([self.zdim, self.zdim, x.shape[1]], dim=1)
+        return x, pm, pv, x + residual
+
+    def _give(self, xs, x, z):
+        """Merges z into x and makes that the state at this resolution."""
+        x = x + self.z_fn(z)
+        xs[self.base] = self.resnet(x)
+        return xs
+
+    def forward(self, xs, activations, get_latents=False, generators=None):
+        """The posterior pass: (xs, {kl}), with get_latents (xs, {z, kl}), each (N, Z, R, R).
+
+        xs, whose tensors may have a batch of 1, gets a new tensor at this resolution; none is
+        written in place. kl is in nats; z is detached. `generators` as in fill_noise.
+        """
+        acts = activations[self.base]  # (N, C, R, R)
+        x, pm, pv, merged = self._take(xs, acts.shape[0])
+        qm, qv = self.enc(torch.cat([x, acts], dim=1)).chunk(2, dim=1)  # each (N, Z, R, R)
+        z = draw_gaussian_diag_samples(qm, qv, generators)  # (N, Z, R, R)
+        kl = gaussian_analytical_kl(qm, pm, qv, pv)  # (N, Z, R, R)
+        xs = self._give(xs, merged, z)
+        return (xs, {"z": z.detach(), "kl": kl}) if get_latents else (xs, {"kl": kl})
+
+    def forward_uncond(self, xs, t=None, lvs=None, generators=None):
+        """The prior pass: xs with z = lvs (N, Z, R, R), or z ~ p at temperature t (None: 1).
+
+        A temperature multiplies the prior's standard deviation.
+        """
+        _, pm, pv, merged = self._take(xs, max(x.shape[0] for x in xs.values()))
+        if lvs is None:
+            if t is not None:
+                pv = pv + (math.log(t) if t else -math.inf)
+            lvs = draw_gaussian_diag_samples(pm, pv, generators)
+        return self._give(xs, merged, lvs)
+
+
+class Decoder(HModule):
+    """Top-down: the stochastic layers in order, from the learned constants to px_z."""
+
+    def build(self):
+        H = self.H
+        self.widths = get_width_settings(H.width, H.custom_width_str)
+        layers = parse_layer_string(H.dec_blocks)
+        self.dec_blocks = nn.ModuleList(
+            DecBlock(H, resolution, mixin, n_blocks=len(layers)) for resolution, mixin in layers
+        )
+        self.resolutions = sorted({resolution for resolution, _ in layers})
+        self.bias_xs = nn.ParameterList(
+            nn.Parameter(torch.zeros(1, self.widths[r], r, r))
+            for r in self.resolutions
+            if r <= H.no_bias_above
+        )
+        self.out_net = DmolNet(H)
+        self.gain = nn.Parameter(torch.ones(1, H.width, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(1, H.width, 1, 1))
+
+    def final_fn(self, x):
+        """The state at image_size → px_z, both (N, H.width, R, R)."""
+        return x * self.gain + self.bias
+
+    def _start(self, n):
+        """The first state: the learned constants, and zeros where the first block has none."""
+        xs = {t.shape[2]: t.expand(n, -1, -1, -1) for t in self.bias_xs}
+        first = self.dec_blocks[0].base
+        if first not in xs:
+            xs[first] = self.gain.new_zeros(n, self.widths[first], first, first)
+        return xs
+
+    def forward(self, activations, get_latents=False, generators=None):
+        """The posterior pass: (px_z, one dict a block: {kl} or, with get_latents, {z, kl})."""
+        xs = self._start(next(iter(activations.values())).shape[0])
+        stats = []
+        for block in self.dec_blocks:
+            xs, block_stats = block(xs, activations, get_latents, generators)
+            stats.append(block_stats)
+        return self.final_fn(xs[self.H.image_size]), stats
+
+    def forward_uncond(self, n, t=None, y=None, generators=None):
+        """The prior pass: px_z of n samples; t a number, or one per block. y is not used."""
+        return self.forward_manual_latents(n, (), t, generators)
+
+    def forward_manual_latents(self, n, latents, t=None, generators=None):
+        """The prior pass with the given z of the first blocks; the rest is sampled.
+
+        Args:
+            n: batch size.
+            latents: any iterable of (N, Z, R, R), shorter than the blocks or as long; a None
+                among them is sampled.
+            t: temperature of what is sampled; a number, or one per block.
+
+        Raises:
+            ValueError: for more latents, or another number of temperatures, than blocks.
+        """
+        latents, n_blocks = list(latents), len(self.dec_blocks)
+        if len(latents) > n_blocks:
+            raise ValueError(f"{len(latents)} latents given; the decoder has {n_blocks} blocks")
+        try:
+            temperatures = list(t)
+        except TypeError:
+            temperatures = [t] * n_blocks
+        if len(temperatures) != n_blocks:
+            raise ValueError(
+                f"{len(temperatures)} temperatures given; the decoder has {n_blocks} blocks: "
+                f"give one number, or one per block"
+            )
+        xs = self._start(n)
+        for block, block_t, z in itertools.zip_longest(self.dec_blocks, temperatures, latents):
+            xs = block.forward_uncond(xs, block_t, lvs=z, generators=generators)
+        return self.final_fn(xs[self.H.image_size])
+
+
+# ---- the whole -----------------------------------------------------------------------------
+
+
+class VAE(HModule):
+    """Encoder and decoder.
+
+    Reads from H: dataset, image_size, image_channels, width, zdim, custom_width_str,
+    bottleneck_multiple, no_bias_above, num_mixtures, enc_blocks, dec_blocks.
+
+    Raises:
+        UserError: for block strings that do not fit the image size or each other.
+    """
+
+    def build(self):
+        check_blocks(self.H)
+        self.encoder = Encoder(self.H)
+        self.decoder = Decoder(self.H)
+
+    def distortion_and_rate(self, x, x_target, generators=None):
+        """The two terms of the negative ELBO per image, each (N,), in nats per dimension.
+
+        Args:
+            x: input (N, R, R, 3).
+            x_target: target (N, R, R, 3) in [-1, 1].
+            generators: as in fill_noise.
+        """
+        px_z, stats = self.decoder(self.encoder(x), generators=generators)
+        distortion = self.decoder.out_net.nll(px_z, x_target)
+        rate = sum(s["kl"].sum(dim=(1, 2, 3)) for s in stats) / x[0].numel()
+        return distortion, rate
+
+    def forward(self, x, x_target):
+        """{elbo, distortion, rate}: batch means, 0-dim, nats per dimension.
+
+        `elbo` is, in spite of its name, the negative ELBO: what training minimizes.
+        """
+        distortion, rate = self.distortion_and_rate(x, x_target)
+        return {
+            "elbo": (distortion + rate).mean(),
+            "distortion": distortion.mean(),
+            "rate": rate.mean(),
+        }
+
+    def forward_get_latents(self, x):
+        """One {z (N, Z, R, R) detached, kl (N, Z, R, R)} per block, from the posterior of x."""
+        return self.decoder(self.encoder(x), get_latents=True)[1]
+
+    @torch.no_grad()
+    def forward_uncond_samples(self, n_batch, t=None):
+        """Samples of the prior at temperature t: numpy uint8 (n_batch, R, R, 3)."""
+        return self.decoder.out_net.sample(self.decoder.forward_uncond(n_batch, t))
+
+    @torch.no_grad()
+    def forward_samples_set_latents(self, n_batch, latents, t=None):
+        """Samples with given z of the first blocks, as in Decoder.forward_manual_latents."""
+        px_z = self.decoder.forward_manual_latents(n_batch, latents, t)
+        return self.decoder.out_net.sample(px_z)

@@ -1,0 +1,226 @@
+"""The mathematics under the network: Gaussians, convolutions, the discretized mixture of logistics.
+
+Shapes: N batch, C channels, R resolution, Z latent channels, K logistics in the mixture.
+Networks compute in NCHW; images and mixture parameters are NHWC.
+"""
+
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from hps import target_bits
+
+
+def nats_to_bits(nats):
+    """Bits per dimension from nats per dimension."""
+    return nats / math.log(2)
+
+
+# ---- noise ---------------------------------------------------------------------------------
+
+
+def fill_noise(shape, like, fill, generators=None):
+    """A contiguous tensor of the given shape, filled by fill(tensor, generator=...).
+
+    The numbers come from the default generator of `like`'s device, or, where `generators` holds
+    one CPU generator per row, row i from generators[i]: such noise belongs to its image, whatever
+    the batch or the device.
+    """
+    if generators is None:
+        return fill(torch.empty(shape, dtype=like.dtype, device=like.device))
+    assert len(generators) == shape[0]
+    rows = [fill(torch.empty(shape[1:], dtype=like.dtype), generator=g) for g in generators]
+    return torch.stack(rows).to(like.device)
+
+
+def _uniform(t, generator=None):
+    return t.uniform_(1e-5, 1 - 1e-5, generator=generator)  # its logarithms are finite
+
+
+# ---- Gaussians -----------------------------------------------------------------------------
+
+
+def gaussian_analytical_kl(mu1, mu2, logsigma1, logsigma2):
+    """Elementwise KL(N(mu1, e^logsigma1) || N(mu2, e^logsigma2)) in nats: posterior 1, prior 2."""
+    variances = 0.5 * (logsigma1.exp() ** 2 + (mu1 - mu2) ** 2) / logsigma2.exp() ** 2
+    return -0.5 + logsigma2 - logsigma1 + variances
+
+
+def draw_gaussian_diag_samples(mu, logsigma, generators=None):
+    """One sample of N(mu, e^logsigma), by reparameterization; `generators` as in fill_noise."""
+    eps = fill_noise(mu.shape, mu, torch.Tensor.normal_, generators)
+    return logsigma.exp() * eps + mu
+
+
+# ---- convolutions --------------------------------------------------------------------------
+
+
+def get_conv(
+    in_dim,
+    out_dim,
+    kernel_size,
+    stride,
+    padding,
+    zero_bias=True,
+    zero_weights=False,
+    groups=1,
+    scaled=False,
+):
+    """nn.Conv2d with its default initialisation, then bias and, if asked, weights set to 0.
+
+    scaled has no effect, as in the original.
+    """
+    conv = nn.Conv2d(in_dim, out_dim, kernel_size, stride, padding, groups=groups)
+    if zero_bias:
+        nn.init.zeros_(conv.bias)
+    if zero_weights:
+        nn.init.zeros_(conv.weight)
+    return conv
+
+
+def get_3x3(in_dim, out_dim, zero_bias=True, zero_weights=False, groups=1, scaled=False):
+    """get_conv of kernel 3 that keeps the resolution."""
+    return get_conv(in_dim, out_dim, 3, 1, 1, zero_bias, zero_weights, groups, scaled)
+
+
+def get_1x1(in_dim, out_dim, zero_bias=True, zero_weights=False, groups=1, scaled=False):
+    """get_conv of kernel 1."""
+    return get_conv(in_dim, out_dim, 1, 1, 0, zero_bias, zero_weights, groups, scaled)
+
+
+class HModule(nn.Module):
+    """A module made from hyperparameters: sets self.H, then calls self.build()."""
+
+    def __init__(self, H):
+        super().__init__()
+        self.H = H
+        self.build()
+
+
+# ---- discretized mixture of logistics (PixelCNN++, Salimans et al. 2017, section 2.1) ---------
+
+
+def log_prob_from_logits(x):
+    """Log-softmax over the last axis."""
+    return F.log_softmax(x, dim=-1)
+
+
+def const_max(t, constant):
+    """Elementwise maximum of a tensor and a number."""
+    return t.clamp(min=constant)
+
+
+def const_min(t, constant):
+    """Elementwise minimum of a tensor and a number."""
+    return t.clamp(max=constant)
+
+
+def _mixture_parameters(l, nr_mix):
+    """Splits l (N, H, W, 10K) into logits (N, H, W, K) and means, log scales, coefficients.
+
+    The last three are (N, H, W, 3, K). In `coefficients`, row 0 ties green to red, rows 1 and 2
+    tie blue to red and green.
+    """
+    logits, rest = l[..., :nr_mix], l[..., nr_mix:]
+    rest = rest.reshape(*l.shape[:-1], 3, 3 * nr_mix)
+    means, log_scales, coefficients = rest.split(nr_mix, dim=-1)
+    # e^-7 is about 1/9 of a bin of 8 bits: sharper is no likelier, and overflows.
+    return logits, means, const_max(log_scales, -7.0), coefficients.tanh()
+
+
+def discretized_mix_logistic_loss(x, l, low_bit=False):
+    """Negative log-likelihood of images under the mixture.
+
+    At 5 bits the targets sit at 8k/127.5 - 1 while the bins assume 2k/31 - 1, so the
+    probabilities of the 32 levels do not sum to 1 (1.028 per sub-pixel for narrow components,
+    below 1 for wide ones). The published 0.4232 nats of FFHQ-256 depends on it.
+
+    Args:
+        x: targets (N, H, W, 3) in [-1, 1].
+        l: mixture parameters (N, H, W, 10K).
+        low_bit: bins of 5 bits instead of 8.
+
+    Returns:
+        (N,), nats per dimension.
+    """
+    half_bin, log_half_levels = (1 / 31, math.log(15.5)) if low_bit else (1 / 255, math.log(127.5))
+    logits, means, log_scales, coefficients = _mixture_parameters(l, l.shape[-1] // 10)
+    x = x.unsqueeze(-1)  # (N, H, W, 3, 1)
+    red, green = x[..., 0, :], x[..., 1, :]  # (N, H, W, 1)
+    means = torch.stack(
+        (
+            means[..., 0, :],
+            means[..., 1, :] + coefficients[..., 0, :] * red,
+            means[..., 2, :] + coefficients[..., 1, :] * red + coefficients[..., 2, :] * green,
+        ),
+        dim=-2,
+    )  # (N, H, W, 3, K)
+    inv_scale = torch.exp(-log_scales)
+    upper = inv_scale * (x - means + half_bin)
+    lower = inv_scale * (x - means - half_bin)
+    middle = inv_scale * (x - means)
+    bin_mass = upper.sigmoid() - lower.sigmoid()
+    # The gradient of a selection is finite only where both of its branches are: hence the clamp.
+    log_mass = torch.where(
+        bin_mass > 1e-5,
+        bin_mass.clamp(min=1e-12).log(),
+        middle - log_scales - 2 * F.softplus(middle) - log_half_levels,  # density times bin width
+    )
+    log_probs = torch.where(
+        x < -0.999,
+        upper - F.softplus(upper),  # level 0 takes all mass below it
+        torch.where(x > 0.999, -F.softplus(lower), log_mass),  # level 255 all above
+    )
+    log_probs = log_probs.sum(dim=-2) + log_prob_from_logits(logits)  # (N, H, W, K)
+    log_likelihood = log_probs.logsumexp(dim=-1).sum(dim=(1, 2))  # (N,)
+    return -log_likelihood / x[0].numel()
+
+
+def sample_from_discretized_mix_logistic(l, nr_mix, generators=None):
+    """One image per row of l (N, H, W, 10K): (N, H, W, 3) in [-1, 1]; generators as in fill_noise.
+
+    Draws uniforms of (N, H, W, K), which choose the component by Gumbel-max, then of
+    (N, H, W, 3).
+    """
+    logits, means, log_scales, coefficients = _mixture_parameters(l, nr_mix)
+    u = fill_noise(logits.shape, l, _uniform, generators)  # (N, H, W, K)
+    component = (logits - torch.log(-torch.log(u))).argmax(dim=-1)  # (N, H, W)
+    index = component[..., None, None].expand(*component.shape, 3, 1)
+    mean, log_scale, c = (
+        t.gather(-1, index).squeeze(-1) for t in (means, log_scales, coefficients)
+    )  # each (N, H, W, 3)
+    u = fill_noise(mean.shape, l, _uniform, generators)  # (N, H, W, 3)
+    x = mean + log_scale.exp() * (torch.log(u) - torch.log(1 - u))
+    red = x[..., 0].clamp(-1, 1)
+    green = (x[..., 1] + c[..., 0] * red).clamp(-1, 1)
+    blue = (x[..., 2] + c[..., 1] * red + c[..., 2] * green).clamp(-1, 1)
+    return torch.stack((red, green, blue), dim=-1)
+
+
+class DmolNet(nn.Module):
+    """The output layer: a 1x1 convolution to the mixture's parameters, its loss and its samples."""
+
+    def __init__(self, H):
+        super().__init__()
+        self.H = H
+        self.width = H.width
+        self.out_conv = get_1x1(H.width, H.num_mixtures * 10)
+
+    def forward(self, px_z):
+        """px_z (N, C, R, R) → mixture parameters (N, R, R, 10K)."""
+        return self.out_conv(px_z).permute(0, 2, 3, 1)
+
+    def nll(self, px_z, x):
+        """Distortion (N,) of targets x (N, R, R, 3) in [-1, 1], nats per dimension."""
+        low_bit = target_bits(self.H.dataset) == 5
+        return discretized_mix_logistic_loss(x=x, l=self.forward(px_z), low_bit=low_bit)
+
+    @torch.no_grad()
+    def sample(self, px_z, generators=None):
+        """One image per row of px_z: numpy uint8 (N, R, R, 3); generators as in fill_noise."""
+        l = self.forward(px_z)
+        x = sample_from_discretized_mix_logistic(l, self.H.num_mixtures, generators)
+        # Truncated, not rounded: the published samples are.
+        return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).cpu().numpy()
