@@ -38,7 +38,7 @@ class Images(Dataset):
 
 
 def split_last(n, n_valid, seed):
-    """Indices 0..n-1 in the order of RandomState(seed).permutation: all but the last n_valid, those.
+    """Shuffles 0..n-1 with RandomState(seed): (all but the last n_valid, the last n_valid).
 
     The published splits of ImageNet (seed 42, 5,000) and FFHQ-256 (seed 5, 7,000).
     """

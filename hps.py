@@ -1,4 +1,4 @@
-"""Every number that defines a run: the options of train.py, the presets, the facts of the data sets.
+"""Every number that defines a run: train.py's options, the presets, facts of the data sets.
 
 A preset sets defaults; an option given on the command line wins. Needs the standard library only.
 """
@@ -214,7 +214,7 @@ _natural = _checked(int, lambda v: v >= 0, "a whole number of at least 0")
 _positive = _checked(float, lambda v: 0 < v < _INF, "a positive number")
 _nonnegative = _checked(float, lambda v: 0 <= v < _INF, "a number of at least 0")
 _fraction = _checked(float, lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
-_threshold = _checked(float, lambda v: v == -1 or v > 0, "a positive number, or -1 for no threshold")
+_threshold = _checked(float, lambda v: v == -1 or v > 0, "a positive number, or -1 for none")
 _port = _checked(int, lambda v: 1 <= v <= 65535, "a port number from 1 to 65535")
 
 # group -> rows of (option, type, default, meaning with its unit). A type of bool is a flag.
@@ -239,7 +239,7 @@ OPTIONS = {
     ],
     "network": [
         ("enc_blocks", str, None, "encoder: RxK is K blocks at resolution R; RdK pools by K after"),
-        ("dec_blocks", str, None, "decoder: RxK likewise; RmS first adds the state of S, upsampled"),
+        ("dec_blocks", str, None, "decoder: RxK likewise; RmS first adds the state of S upsampled"),
         ("zdim", _count, 16, "latent channels of a stochastic layer"),
         ("width", _count, 512, "channels of the residual stream"),
         ("custom_width_str", str, "", "other widths at some resolutions: R:width,R:width"),
@@ -266,7 +266,7 @@ OPTIONS = {
         ("temperature", _nonnegative, 1.0, "without effect, as in the original"),
     ],
     "logging": [
-        ("iters_per_print", _count, 1000, "steps between lines of the log, which average over them"),
+        ("iters_per_print", _count, 1000, "steps between log lines, which average over them"),
         ("iters_per_save", _count, 10000, "steps between saves of latest-*"),
         ("iters_per_ckpt", _count, 25000, "steps between saves of iter-N-*"),
         ("iters_per_images", _count, 10000, "steps between pictures"),

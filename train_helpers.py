@@ -182,7 +182,7 @@ def read_torch_file(path):
             reason = "it holds objects other than tensors, which could run code"
         else:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} is no complete PyTorch checkpoint ({reason}): fetch it anew") from None
+        raise UserError(f"{path} is no complete checkpoint ({reason}): fetch it anew") from None
 
 
 def _shapes(state_dict):
@@ -244,7 +244,7 @@ def restore_log(path, local_rank, mpi_size):
         trains = [e for e in events if e.get("type") == "train_loss"]
         iterate, epoch = (max(int(e[key]) for e in trains) for key in ("step", "epoch"))
     except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}): check --restore_log_path") from None
+        raise UserError(f"{path} can't be read ({error.strerror}): check its path") from None
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(
             f"{path} is no log.jsonl with train_loss lines, each a JSON object with step and "

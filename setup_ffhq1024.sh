@@ -1,0 +1,57 @@
+#!/usr/bin/env bash
+# Usage: setup_ffhq1024.sh FOLDER
+#
+# Checks that FOLDER holds the 70,000 PNG files of FFHQ's images1024x1024, in the official layout
+# (00000/00000.png ... 69000/69999.png) or a flat one (00000.png ... 69999.png), and makes a link
+# ./ffhq_images1024x1024 to it, where `train.py --hps ffhq1024` looks. Nothing is moved and no
+# image is decoded. Download the folder (89.1 GB) from https://github.com/NVlabs/ffhq-dataset
+# first; its licence is CC BY-NC-SA 4.0.
+#
+# Environment: PYTHON  the interpreter (default: .venv of this folder, else python3)
+
+source "$(dirname -- "${BASH_SOURCE[0]}")/setup_common.sh"
+[ $# -eq 1 ] || fail "one folder is needed, the downloaded images1024x1024; -h shows the usage"
+[ -d "$1" ] || fail "no folder $1; name the downloaded images1024x1024"
+folder=$(CDPATH='' cd -- "$1" && pwd)
+link=ffhq_images1024x1024
+
+# missing_files FOLDER: prints which of the 70,000 files are missing or empty, or nothing.
+missing_files() {
+  "$PYTHON" - "$1" <<'END'
+import os
+import sys
+
+folder = sys.argv[1]
+official = os.path.isdir(os.path.join(folder, "00000"))
+sizes = {}  # path relative to folder -> bytes
+for top in [f"{k:05d}/" for k in range(0, 70_000, 1000)] if official else [""]:
+    if os.path.isdir(os.path.join(folder, top)):
+        for entry in os.scandir(os.path.join(folder, top)):
+            if entry.is_file():
+                sizes[top + entry.name] = entry.stat().st_size
+want = [f"{i:05d}.png" for i in range(70_000)]
+if official:
+    want = [f"{i // 1000 * 1000:05d}/{name}" for i, name in enumerate(want)]
+problems = []
+for what, bad in [
+    ("missing", [name for name in want if name not in sizes]),
+    ("empty", [name for name in want if sizes.get(name) == 0]),
+]:
+    if bad:
+        more = ", ..." if len(bad) > 10 else ""
+        problems.append(f"{len(bad)} of 70000 files are {what} ({', '.join(bad[:10])}{more})")
+print("; ".join(problems))
+END
+}
+
+problem=$(missing_files "$folder")
+[ -z "$problem" ] || fail "in $folder $problem; download them again"
+
+if [ "$link" -ef "$folder" ]; then
+  echo "./$link is that folder already, nothing to do"
+elif [ -e "$link" ] || [ -L "$link" ]; then
+  fail "./$link exists and is not $folder; move it away and run the same command again"
+else
+  ln -s "$folder" "$link"
+  echo "./$link is now a link to $folder"
+fi
