@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import warnings
 
 import numpy as np
 import torch
@@ -381,6 +382,8 @@ def load_opt(H, vae, logprint):
             H.restore_log_path, H.local_rank, H.mpi_size
         )
         logprint(f"continuing from step {iterate}, epoch {starting_epoch}")
+    # A skipped update is no mistake in the order of calls.
+    warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     # The schedule is a function of the step alone: a restored run does not warm up again.
     for group in optimizer.param_groups:
         group["initial_lr"] = H.lr

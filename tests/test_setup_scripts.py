@@ -41,7 +41,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.send_header("Content-Range", f"bytes {start}-{len(data) - 1}/{len(data)}")
         self.send_header("Content-Length", str(len(data) - start))
         self.end_headers()
-        if server.drops or server.stall:
+        if server.drops > 0 or server.stall:
             server.drops -= 1
             self.wfile.write(data[start : start + (len(data) - start) // 2])
             self.wfile.flush()

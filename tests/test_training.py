@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -272,9 +273,16 @@ APEX_PACKAGES = {
 }
 
 
+def _forget_apex(monkeypatch):
+    """Whatever an earlier test imported under that name."""
+    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
 @pytest.mark.parametrize("kind", APEX_PACKAGES)
 def test_an_unusable_apex_falls_back_to_adamw_and_says_why(kind, tmp_path, monkeypatch):
     files = APEX_PACKAGES[kind]
+    _forget_apex(monkeypatch)
     if files is not None:
         (tmp_path / "apex").mkdir()
         for name, text in files.items():
@@ -287,6 +295,7 @@ def test_an_unusable_apex_falls_back_to_adamw_and_says_why(kind, tmp_path, monke
 
 
 def test_a_usable_apex_is_taken(tmp_path, monkeypatch):
+    _forget_apex(monkeypatch)
     (tmp_path / "apex").mkdir()
     (tmp_path / "apex" / "__init__.py").write_text("")
     (tmp_path / "apex" / "optimizers.py").write_text(
