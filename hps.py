@@ -330,10 +330,33 @@ def parse_args_and_update_hparams(H, parser, s=None):
     names = [name for name in (parser.parse_args(s).hparam_sets or "").split(",") if name]
     if not names:
         raise UserError(f"no preset given: {presets}")
+    preset = argparse.Namespace()
     for name in names:
         if name not in HPARAMS_REGISTRY:
             near = difflib.get_close_matches(name, HPARAMS_REGISTRY, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(f"unknown preset {name!r}{hint}: {presets}")
-        parser.set_defaults(**HPARAMS_REGISTRY[name])
-    H.update(vars(parser.parse_args(s)))
+        vars(preset).update(HPARAMS_REGISTRY[name])
+    # What stands in the namespace already takes the place of an option's default.
+    H.update(vars(parser.parse_args(s, preset)))
+
+
+def get_hparams(preset, **overrides):
+    """A run's hyperparameters without a command line: get_hparams("imagenet64", zdim=8).
+
+    Returns:
+        Hyperparams with every option, and image_size and image_channels of its data set.
+
+    Raises:
+        UserError: for an unknown preset or override.
+    """
+    H = Hyperparams()
+    parse_args_and_update_hparams(H, add_vae_arguments(OneLineParser()), ["--hps", preset])
+    for name in overrides:
+        if name not in H:
+            near = difflib.get_close_matches(name, H, n=1)
+            hint = f"did you mean {near[0]}?" if near else "train.py --help lists them"
+            raise UserError(f"unknown hyperparameter {name!r}: {hint}")
+    H.update(overrides)
+    H.update(image_size=IMAGE_SETS[H.dataset].image_size, image_channels=3)
+    return H

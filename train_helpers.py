@@ -18,11 +18,11 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from data import mkdir_p
 from hps import (
     HPARAMS_REGISTRY,
-    IMAGE_SETS,
     Hyperparams,
     OneLineParser,
     UserError,
     add_vae_arguments,
+    get_hparams,
     parse_args_and_update_hparams,
 )
 from utils import (
@@ -192,12 +192,9 @@ def _shapes(state_dict):
 
 def preset_of(shapes):
     """Name of the preset whose state dict has these names and shapes, or None."""
-    for name, preset in HPARAMS_REGISTRY.items():
-        H = Hyperparams()
-        parse_args_and_update_hparams(H, add_vae_arguments(OneLineParser()), ["--hps", name])
-        H.update(image_size=IMAGE_SETS[preset.dataset].image_size, image_channels=3)
+    for name in HPARAMS_REGISTRY:
         with torch.device("meta"):
-            if _shapes(VAE(H).state_dict()) == shapes:
+            if _shapes(VAE(get_hparams(name)).state_dict()) == shapes:
                 return name
     return None
 

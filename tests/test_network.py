@@ -7,15 +7,7 @@ import pytest
 import torch
 from golden import FOLDER, figures, inputs, model, sha256_of_weights
 
-from hps import (
-    HPARAMS_REGISTRY,
-    IMAGE_SETS,
-    Hyperparams,
-    OneLineParser,
-    UserError,
-    add_vae_arguments,
-    parse_args_and_update_hparams,
-)
+from hps import Hyperparams, UserError, get_hparams
 from vae import VAE, parse_layer_string
 
 BATCH = {"tiny": 3, "tiny_lowbit": 3, "tiny_widths": 3, "tiny_res2": 3, "cifar10": 2}
@@ -102,9 +94,7 @@ PRESETS = {
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_have_the_published_size(preset):
-    H = Hyperparams()
-    parse_args_and_update_hparams(H, add_vae_arguments(OneLineParser()), ["--hps", preset])
-    H.update(image_size=IMAGE_SETS[H.dataset].image_size, image_channels=3)
+    H = get_hparams(preset)
     flops = []
 
     def count(conv, _, out):
@@ -161,8 +151,3 @@ def test_blocks_that_do_not_fit_are_refused_by_name(change, quoted):
     with pytest.raises(UserError) as error:
         VAE(Hyperparams(TINY | change))
     assert quoted in str(error.value) and "\n" not in str(error.value)
-
-
-def test_presets_fit_together():
-    for name, preset in HPARAMS_REGISTRY.items():
-        assert preset.dataset in IMAGE_SETS, name
