@@ -220,8 +220,8 @@ def restore_params(model, path, local_rank, mpi_size, map_ddp=True, map_cpu=Fals
         odd = [n for n in [*wanted, *found] if wanted.get(n) != found.get(n)]
         what = f"the {preset} model" if preset else "a model of none of the presets"
         raise UserError(
-            f"{path} holds {what}, not the one asked for ({len(odd)} of {len(wanted)} entries "
-            f"differ; {odd[0]}: {found.get(odd[0], 'absent')} in the file, "
+            f"{path} holds {what}, not the one asked for ({len(odd)} entries differ; "
+            f"{odd[0]}: {found.get(odd[0], 'absent')} in the file, "
             f"{wanted.get(odd[0], 'absent')} in the model): "
             + (f"use --hps {preset}" if preset else "use the options it was trained with")
         )

@@ -11,6 +11,7 @@ import time
 import traceback
 import urllib.error
 import urllib.request
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -325,6 +326,7 @@ def maybe_download(path, filename=None):
         try:
             urllib.request.urlretrieve(path, partial)
         except (OSError, urllib.error.ContentTooShortError) as error:
+            Path(partial).unlink(missing_ok=True)
             raise UserError(f"{path} can't be fetched ({error}): download it by hand") from None
         os.replace(partial, filename)
     return filename
