@@ -196,6 +196,11 @@ def run_command(main):
         main()
         if dist.is_initialized():
             dist.destroy_process_group()
+            if world().launcher == "mpi":
+                from mpi4py import MPI
+
+                MPI.Finalize()
+            _exit(0)
         return
     except UserError as error:
         status, text = 2, f"error: {error}"
@@ -217,7 +222,15 @@ def run_command(main):
         from mpi4py import MPI
 
         MPI.COMM_WORLD.Abort(status)
-    # Not sys.exit: with a peer gone, the communication library's destructors may wait for ever.
+    _exit(status)
+
+
+def _exit(status):
+    """Ends the process at once, not by sys.exit.
+
+    With a peer gone, the destructors of the communication library may wait for ever, and even
+    after a run that went well they now and then abort the process.
+    """
     sys.stdout.flush()
     os._exit(status)
 
