@@ -1,15 +1,18 @@
 # `make demo`: trains on scikit-learn's digits, scores the test set, shows samples; a few minutes.
+# SAVE is the folder of runs, FLAGS are further options of the training.
 # `make test`: lint and every test that is not marked slow.
 
 PY := .venv/bin/python
-RUN := saved_models/digits
+SAVE := saved_models
+FLAGS :=
 
 .PHONY: demo test clean
 
 demo: .venv/requirements
-	$(PY) train.py --hps digits --desc digits
-	$(PY) train.py --hps digits --desc digits --restore_ema_path $(RUN)/latest-model-ema.th --test_eval
-	@echo "samples: $$(ls -t $(RUN)/samples-*.png | head -1)"
+	$(PY) train.py --hps digits --desc digits --save_dir $(SAVE) $(FLAGS)
+	$(PY) train.py --hps digits --desc digits --save_dir $(SAVE) --test_eval \
+		--restore_ema_path $(SAVE)/digits/latest-model-ema.th
+	@echo "samples: $$(ls -t $(SAVE)/digits/samples-*.png | head -1)"
 
 test: .venv/requirements-dev
 	$(PY) -m ruff check .

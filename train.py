@@ -32,6 +32,7 @@ from utils import (
     mpi_size,
     noise_seed,
     run_command,
+    tile_images,
 )
 from vae_helpers import nats_to_bits
 
@@ -153,7 +154,7 @@ def write_images(H, ema_vae, viz_batch_original, viz_batch_processed, fname, log
 
     the originals; num_variables_visualize rows decoded from the first k latents, k evenly spaced
     over the layers, the rest sampled at t = 0.1; num_temperatures_visualize rows of samples at
-    t = 1.0, 0.9, 0.8, 0.7.
+    t = 1.0, 0.9, 0.8, 0.7. Images under 32 pixels are enlarged and set apart, to be legible.
     """
     n = len(viz_batch_original)
     latents = [s["z"] for s in ema_vae.forward_get_latents(viz_batch_processed)]
@@ -164,8 +165,9 @@ def write_images(H, ema_vae, viz_batch_original, viz_batch_processed, fname, log
     for t in (1.0, 0.9, 0.8, 0.7)[: H.num_temperatures_visualize]:
         rows.append(ema_vae.forward_uncond_samples(n, t=t))
     logprint(f"writing pictures to {fname}")
-    picture = np.concatenate([np.concatenate(list(row), axis=1) for row in rows])
-    imageio.imwrite(fname, picture)
+    zoom = max(1, 32 // rows[0].shape[1])
+    images = np.concatenate(rows).repeat(zoom, axis=1).repeat(zoom, axis=2)
+    imageio.imwrite(fname, tile_images(images, len(rows), n, border=zoom // 2))
 
 
 def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint):

@@ -1,0 +1,210 @@
+"""Every command of the README, run as it stands there but with tiny numbers and fake data."""
+
+import json
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import imageio.v3 as imageio
+import pytest
+import test_setup_scripts
+from fakes import tiny_network, write_data, write_released
+from test_processes import BIN, REPO, environment, free_port
+
+from hps import HPARAMS_REGISTRY, IMAGE_SETS
+
+README = (REPO / "README.md").read_text()
+BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+COMMANDS = [
+    line for block in BLOCKS for line in block.splitlines() if line and not line.startswith("#")
+]
+
+
+def commands(start):
+    return [command for command in COMMANDS if command.startswith(start)]
+
+
+TRAINING = [c for c in COMMANDS if "train.py --hps" in c and "--test_eval" not in c]
+RESTORING = [c for c in COMMANDS if "--test_eval" in c]
+
+
+def test_every_command_has_a_test():
+    elsewhere = {"make demo", "make test"}  # below, and what runs this file
+    scripts = {f"./{name}" for name in test_setup_scripts.SCRIPTS}
+    for command in set(COMMANDS) - set(TRAINING) - set(RESTORING) - elsewhere:
+        assert command.split()[0] in scripts, f"{command!r} is not tested"
+
+
+@pytest.fixture(scope="module")
+def data_of(tmp_path_factory):
+    """data_of(preset): a folder with its data, made once."""
+    made = {}
+
+    def data_of(preset):
+        if preset not in made:
+            made[preset] = tmp_path_factory.mktemp(preset)
+            write_data(preset, made[preset])
+        return made[preset]
+
+    yield data_of
+    for folder in made.values():
+        shutil.rmtree(folder)
+
+
+def tiny(command, data_of, tmp_path):
+    """(argv, environment, cwd): the command for two processes at most and a tiny network."""
+    words = shlex.split(command)
+    preset = words[words.index("--hps") + 1]
+    words += tiny_network(IMAGE_SETS[HPARAMS_REGISTRY[preset].dataset].image_size)
+    words += ["--save_dir", str(tmp_path), "--n_batch=1"]
+    env = environment()
+    if words[0] == "mpiexec":
+        words = [str(BIN / "mpiexec"), "-n", "2", *words[3:], "--port", str(free_port())]
+    elif words[0] == "torchrun":
+        words = [str(BIN / "torchrun"), f"--master_port={free_port()}", *words[1:]]
+    elif words[0] == "srun":  # what it sets, for a job step of one task
+        words = words[3:]
+        env |= {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+    words = [sys.executable if word == "python" else word for word in words]
+    words = [str(REPO / word) if word == "train.py" else word for word in words]
+    return words, env, data_of(preset)
+
+
+def run_until(argv, env, cwd, text):
+    """Starts a command, waits for a line of its output that holds `text`, kills it: the lines."""
+    process = subprocess.Popen(
+        argv, cwd=cwd, env=env, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            break
+    else:
+        raise AssertionError("".join(lines))
+    process.send_signal(signal.SIGINT)
+    try:
+        process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+    return lines
+
+
+@pytest.mark.parametrize("command", TRAINING)
+def test_training(command, data_of, tmp_path):
+    lines = run_until(*tiny(command, data_of, tmp_path), "type: train_loss")
+    processes = 2 if "mpiexec" in command or "torchrun" in command else 1
+    assert any(f"key: mpi_size, value: {processes}" in line for line in lines)
+    assert "step: 1," in lines[-1] and "bits_per_dim: " in lines[-1]
+
+
+@pytest.mark.parametrize("command", RESTORING)
+def test_restoring(command, data_of, tmp_path):
+    argv, env, cwd = tiny(command, data_of, tmp_path)
+    for i, word in enumerate(argv):
+        if "-iter-" in word:
+            argv[i] = str(tmp_path / word)
+    preset = argv[argv.index("--hps") + 1]
+    prefix = next(w.removesuffix("-model-ema.th") for w in argv if w.endswith("-model-ema.th"))
+    write_released(prefix, preset)
+    if preset == "cifar10":
+        done = subprocess.run(argv, cwd=cwd, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "type: test_loss, n_batches: 20, n_images: 20, " in done.stdout
+        assert "bits_per_dim: " in done.stdout and done.stderr == ""  # no progress bar in a pipe
+    else:
+        lines = run_until(argv, env, cwd, "evaluating on the test set")
+        for what in ("weights", "EMA weights"):
+            assert any(f"restoring {what} from {prefix}" in line for line in lines)
+
+
+def test_make_demo(tmp_path):
+    """The first command, for one epoch; its last line names the picture."""
+    done = subprocess.run(
+        ["make", "demo", f"SAVE={tmp_path}", "FLAGS=--num_epochs 1"],
+        cwd=REPO, env=environment(), capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert "type: test_loss" in lines[-2] and "n_images: 200" in lines[-2]
+    picture = imageio.imread(REPO / lines[-1].removeprefix("samples: "))
+    # Eight columns of 32 pixels and ten rows: originals, six by latents, three of samples.
+    assert picture.shape == (10 * 34 + 2, 8 * 34 + 2, 3)
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """The folder of a run of two epochs on the digits, and what it printed."""
+    cwd = tmp_path_factory.mktemp("digits")
+    argv = [
+        sys.executable, REPO / "train.py", "--hps", "digits", *tiny_network(8), "--num_epochs=2",
+        "--epochs_per_eval=1", "--iters_per_print=5", "--iters_per_save=20",
+        "--iters_per_ckpt=50", "--iters_per_images=30",
+    ]  # fmt: skip
+    done = subprocess.run(argv, cwd=cwd, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return cwd / "saved_models" / "test", done
+
+
+def test_what_a_run_leaves(digits):
+    run, done = digits
+    assert done.stderr == ""
+    names = {path.name for path in run.iterdir()}
+    suffixes = ("model.th", "model-ema.th", "opt.th", "log.jsonl")
+    assert {f"{p}-{s}" for p in ("latest", "iter-50") for s in suffixes} <= names
+    assert {f"samples-{i}.png" for i in (1, 8, 16, 30, 32, 60, 64, 86)} <= names
+    assert (run / "log.txt").read_text() == done.stdout
+
+
+def test_what_a_run_logs(digits):
+    run, _ = digits
+    events = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    assert all(list(event)[0] == "time" for event in events)
+    hparams = {e["key"]: e["value"] for e in events if e.get("type") == "hparam"}
+    assert hparams["width"] == 4 and hparams["dec_blocks"] == "1x1,4m1,8m4"
+    assert any("torch.optim.AdamW" in e.get("message", "") for e in events)
+    trains = [e for e in events if e.get("type") == "train_loss"]
+    steps = sorted({1, 8, 16, 32, 64} | {*range(5, 87, 5)})
+    assert [e["step"] for e in trains] == steps
+    published = {"model", "lr", "epoch", "step", "elbo", "elbo_filtered", "distortion", "rate",
+                 "grad_norm", "iter_time", "skipped_updates", "rate_nans",
+                 "distortion_nans"}  # fmt: skip
+    for e in trains:
+        assert published | {"bits_per_dim", "skip_rate", "images_per_second"} <= e.keys()
+        assert e["model"] == "test" and e["epoch"] == (e["step"] - 1) // 43
+        assert e["lr"] == pytest.approx(2e-3 * min(1, e["step"] / 100))
+        assert e["skip_rate"] == e["skipped_updates"] / min(5, e["step"])
+    evals = [e for e in events if e.get("type") == "eval_loss"]
+    assert [(e["epoch"], e["step"]) for e in evals] == [(0, 43), (1, 86)]
+    for e in evals:
+        assert {"n_batches", "filtered_elbo", "elbo", "distortion", "rate"} <= e.keys()
+        assert e["elbo"] == pytest.approx(e["distortion"] + e["rate"])
+
+
+def test_errors_of_a_command_are_one_line(tmp_path):
+    cases = [
+        (["--hps", "imagnet64"], "'imagnet64'"),
+        (["--hps", "digits", "--enc_blocks", "8q3"], "'8q3'"),
+        (["--hps", "cifar10"], "setup_cifar10.sh"),
+        (["--hps", "digits", "--device", "cuda"], "--device cpu"),
+        (["--hps", "digits", "--test_eval"], "--restore_ema_path"),
+    ]
+    for args, word in cases:
+        argv = [sys.executable, REPO / "train.py", *args]
+        done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+        assert done.returncode == 2, done.stderr
+        assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
+        assert word in done.stderr
+
+
+def test_help_names_every_option(tmp_path):
+    argv = [sys.executable, REPO / "train.py", "--help"]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and "--skip_threshold" in done.stdout
+    assert not list(Path(tmp_path).iterdir())
