@@ -17,7 +17,7 @@ demo: .venv/requirements
 test: .venv/requirements-dev
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
-	$(PY) -m pytest -m "not slow"
+	$(PY) -m pytest -n auto --dist loadfile -m "not slow"
 
 .venv/%: %.txt requirements.txt
 	test -x $(PY) || python3 -m venv .venv
