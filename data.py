@@ -3,13 +3,14 @@
 A data set yields tuples of one uint8 tensor (S, S, 3); a batch of them is [uint8 (N, S, S, 3)].
 """
 
+import math
 import os
 import pickle
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 
 from hps import IMAGE_SETS, UserError
 from utils import resolve_device
@@ -44,6 +45,48 @@ def split_last(n, n_valid, seed):
     """
     order = np.random.RandomState(seed).permutation(n)
     return order[:-n_valid], order[-n_valid:]
+
+
+class EpochBatches(Sampler):
+    """The batches of image numbers that one process takes in an epoch, for DataLoader.
+
+    The order of an epoch is torch's DistributedSampler's: a function of (seed, epoch) alone, the
+    same for any number of loader workers. Image k of it, counted over all processes, is in a step
+    that takes n_batch * size images; the images that fill no whole step are left out. (With an
+    uneven number of images per process, the first ones of the order fill up, as in
+    DistributedSampler.)
+
+    Args:
+        n_images: images of the data set.
+        n_batch: images of a batch, per process.
+        rank, size: which of how many processes this is.
+        seed: of the run.
+    """
+
+    def __init__(self, n_images, n_batch, rank, size, seed):
+        self.n_images, self.n_batch = n_images, n_batch
+        self.rank, self.size, self.seed = rank, size, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch, start_image=0):
+        """Chooses the epoch, to begin after the first start_image images of its order.
+
+        start_image counts the images that all processes together have taken in this epoch.
+        """
+        self.epoch, self.start_image = epoch, start_image
+
+    def __len__(self):
+        """Batches from start_image to the end of the epoch."""
+        return math.ceil((self.n_images - self.start_image) / self.size) // self.n_batch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.n_images, generator=generator).numpy()
+        # np.resize repeats the order from its start.
+        order = np.resize(order, self.start_image + len(self) * self.n_batch * self.size)
+        mine = order[self.start_image + self.rank :: self.size]  # (len(self) * n_batch,)
+        for batch in mine.reshape(-1, self.n_batch):
+            yield batch.tolist()
 
 
 # ---- loaders: H → (train, valid, test) ------------------------------------------------------

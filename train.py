@@ -12,10 +12,10 @@ from collections import deque
 import imageio.v3 as imageio
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, DistributedSampler, Subset
+from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import set_up_data
+from data import EpochBatches, set_up_data
 from hps import UserError
 from train_helpers import (
     accumulate_stats,
@@ -179,9 +179,9 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
     """
     # 1. What the steps need.
     optimizer, scheduler, _, iterate, starting_epoch = load_opt(H, vae, logprint)
-    sampler = DistributedSampler(data_train, mpi_size(), mpi_rank(), seed=H.seed)
-    loader = DataLoader(data_train, H.n_batch, sampler=sampler, drop_last=True)
-    if not len(loader):
+    batches = EpochBatches(len(data_train), H.n_batch, mpi_rank(), mpi_size(), H.seed)
+    loader = DataLoader(data_train, batch_sampler=batches)
+    if not len(batches):
         raise UserError(
             f"--n_batch {H.n_batch} on {mpi_size()} processes: the {len(data_train)} training "
             f"images make no full batch; lower --n_batch"
@@ -204,7 +204,7 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
         logprint(model=H.desc, type="eval_loss", epoch=epoch, step=iterate, **figures)
 
     for epoch in range(starting_epoch, H.num_epochs):
-        sampler.set_epoch(epoch)
+        batches.set_epoch(epoch)
         for batch in loader:
             # 2. The step. Its noise is a function of (seed, rank, step).
             torch.manual_seed(noise_seed(H.seed, TRAINING, mpi_rank(), iterate))
