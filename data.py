@@ -3,17 +3,26 @@
 A data set yields tuples of one uint8 tensor (S, S, 3); a batch of them is [uint8 (N, S, S, 3)].
 """
 
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
 import math
+import mmap
 import os
 import pickle
+import shutil
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from PIL import Image, ImageOps
+from torch.utils.data import DataLoader, Dataset, Sampler
+from tqdm import tqdm
 
 from hps import IMAGE_SETS, UserError
-from utils import resolve_device
+from utils import mpi_rank, resolve_device, world
 
 
 def mkdir_p(path):
@@ -21,8 +30,35 @@ def mkdir_p(path):
     os.makedirs(path, exist_ok=True)
 
 
+# ---- arrays, data sets, batches ------------------------------------------------------------
+
+
+class MappedImages:
+    """A .npy file of images (n, S, S, 3), memory-mapped; an index copies what it names.
+
+    Pages that were read do not stay in this process's memory (the system may keep them), and
+    a pickled one, as loader workers get it, holds the path alone.
+    """
+
+    def __init__(self, path):
+        self.path = path
+        self.array = np.lib.format.open_memmap(path, mode="r")
+        self.shape, self.dtype = self.array.shape, self.array.dtype
+
+    def __len__(self):
+        return self.shape[0]
+
+    def __getitem__(self, index):
+        images = np.array(self.array[index])
+        self.array.base.madvise(mmap.MADV_DONTNEED)
+        return images
+
+    def __reduce__(self):
+        return MappedImages, (self.path,)
+
+
 class Images(Dataset):
-    """Some of an array of images, uint8 (n, S, S, 3), in memory or memory-mapped.
+    """Some of an array of images, uint8 (n, S, S, 3), in memory, memory-mapped or decoded.
 
     Item i is a tuple of one uint8 tensor (S, S, 3), a copy.
     """
@@ -35,7 +71,12 @@ class Images(Dataset):
         return len(self.indices)
 
     def __getitem__(self, i):
-        return (torch.from_numpy(np.array(self.array[self.indices[i]])),)
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, numbers):
+        """The items of these numbers, with one index into the array."""
+        images = torch.from_numpy(self.array[self.indices[numbers]])  # (N, S, S, 3)
+        return [(image,) for image in images]
 
 
 def split_last(n, n_valid, seed):
@@ -89,6 +130,113 @@ class EpochBatches(Sampler):
             yield batch.tolist()
 
 
+class _Loader(DataLoader):
+    """A DataLoader whose workers' UserErrors stay the one line they are."""
+
+    def __iter__(self):
+        try:
+            yield from super().__iter__()
+        except UserError as error:
+            # A worker's error arrives with the traceback put before it.
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+
+def make_loader(H, images, **batching):
+    """A DataLoader of batches [uint8 (N, S, S, 3)], in H.num_workers processes, pinned for CUDA.
+
+    By default, arrays are read in the training process on the CPU, where that costs less than
+    handing batches over; by one worker beside a GPU; PNG files are decoded in up to four.
+
+    Args:
+        batching: batch_sampler, or batch_size for the images in their order.
+    """
+    cuda = str(H.device or "cpu") != "cpu"
+    workers = H.num_workers
+    if workers is None:
+        cores = max(1, os.cpu_count() // world().local_size)
+        workers = min(4, cores) if H.dataset == "ffhq_1024" else int(cuda)
+    # A generator of its own: by default it would draw from the one that makes the noise.
+    return _Loader(
+        images, num_workers=workers, pin_memory=cuda, generator=torch.Generator(), **batching
+    )
+
+
+# ---- files of images -----------------------------------------------------------------------
+
+# PIL modes that become RGB as one expects: grey is repeated in the three channels, palette entries
+# are looked up, alpha is dropped. Others, such as 16-bit grey, would silently be clipped.
+MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+
+
+def decode(data):
+    """The image that a file holds, a PIL image of mode RGB, turned upright as its EXIF data say.
+
+    Raises:
+        ValueError: with the reason, for bytes that don't decode, or a mode that does not fit RGB.
+    """
+    try:
+        image = Image.open(io.BytesIO(data))
+        if image.mode in MODES:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Exception as error:  # damaged bytes make PIL's decoders raise nearly anything
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ValueError(f"cannot be decoded ({reason})") from None
+    raise ValueError(f"has mode {image.mode}, which is not 8-bit RGB, grey or palette")
+
+
+def list_images(folder):
+    """(names, left_out) of the files below a folder, sorted paths relative to it.
+
+    names end in one of SUFFIXES; left_out are other files and links to folders. Names that begin
+    with a dot, such as the `._*.png` of some systems, are passed over.
+    """
+    names, left_out = [], []
+    for root, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        for name in files + links:
+            if not name.startswith("."):
+                path = Path(root, name).relative_to(folder).as_posix()
+                (names if path.lower().endswith(SUFFIXES) else left_out).append(path)
+    return sorted(names), left_out
+
+
+def write_npy(path, chunks):
+    """Writes uint8 arrays (k, H, W, 3), one after another, as one .npy file; returns its shape.
+
+    The file appears when it is whole: until then the data is in path + ".part", deleted on an
+    error and overwritten by the next call.
+
+    Raises:
+        UserError: if it can't be written.
+    """
+    part, shape = Path(f"{path}.part"), (0,)
+    try:
+        # Written in sequence, not through a memory map, whose pages would count as our memory.
+        with open(part, "wb", buffering=1 << 20) as file:
+            for chunk in chunks:
+                shape = (shape[0] + len(chunk), *chunk.shape[1:])
+                if file.tell() == 0:
+                    _write_header(file, shape)
+                file.write(np.ascontiguousarray(chunk))
+            file.seek(0)
+            _write_header(file, shape)  # numpy leaves room for the count to grow
+            file.flush()
+            os.fsync(file.fileno())  # or a power cut could leave the final name on missing data
+        os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; check folder and space") from None
+    finally:
+        part.unlink(missing_ok=True)
+    return shape
+
+
+def _write_header(file, shape):
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(file, header)
+
+
 # ---- loaders: H → (train, valid, test) ------------------------------------------------------
 
 
@@ -112,7 +260,7 @@ class _BatchUnpickler(pickle.Unpickler):
 
 
 def read_cifar10_batch(path):
-    """The images of a CIFAR-10 batch file (python pickle): uint8 (n, 32, 32, 3).
+    """The images of a CIFAR-10 batch file (python pickle): uint8 (10000, 32, 32, 3).
 
     Raises:
         UserError: for a file that is missing, damaged or none of CIFAR-10's.
@@ -122,8 +270,8 @@ def read_cifar10_batch(path):
         with open(path, "rb") as file:
             batch = _BatchUnpickler(file, encoding="bytes").load()
         planes = batch[b"data"]
-        if planes.dtype != np.uint8 or planes.ndim != 2 or planes.shape[1] != 3 * 32 * 32:
-            raise ValueError(f"its data is {planes.dtype} {planes.shape}, not uint8 (n, 3072)")
+        if planes.dtype != np.uint8 or planes.shape != (10000, 3 * 32 * 32):
+            raise ValueError(f"its data is {planes.dtype} {planes.shape}, not uint8 (10000, 3072)")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {remedy}") from None
     except Exception as error:  # a damaged pickle raises nearly anything
@@ -138,8 +286,6 @@ def load_cifar10(H):
 
     folder = Path(H.data_root, "cifar-10-batches-py")
     train = np.concatenate([read_cifar10_batch(folder / f"data_batch_{i}") for i in range(1, 6)])
-    if len(train) != 50000:
-        raise UserError(f"{folder} holds {len(train)} training images, not 50000: fetch it anew")
     indices = train_test_split(np.arange(50000), test_size=5000, random_state=11172018)
     test = read_cifar10_batch(folder / "test_batch")
     return Images(train, indices[0]), Images(train, indices[1]), Images(test)
@@ -151,77 +297,97 @@ def open_npy(path, shape, remedy):
     Raises:
         UserError: for a file that is missing, damaged, or of another type or shape.
     """
+    expected = f"uint8 {shape}"
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = MappedImages(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {remedy}") from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is no complete .npy file ({error}): {remedy}") from None
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or array.shape != shape:
-        found = f"{array.dtype} {array.shape}" if isinstance(array, np.ndarray) else "an archive"
-        raise UserError(f"{path} holds {found}, not uint8 {shape}: {remedy}")
+        raise UserError(
+            f"{path} is no complete .npy file of {expected} ({error}; it has "
+            f"{os.path.getsize(path):,} bytes, expected are {math.prod(shape) + 128:,}): {remedy}"
+        ) from None
+    if array.dtype != np.uint8 or array.shape != shape:
+        raise UserError(f"{path} holds {array.dtype} {array.shape}, not {expected}: {remedy}")
     return array
 
 
 def load_imagenet(H):
-    """1,276,149 train, 5,000 valid (both of the train file) and 49,999 test images."""
+    """All training images but 5,000, those 5,000 to validate, and the valid file as the test set.
+
+    The ImageNet of van den Oord et al. 2016 has 1,281,149 and 49,999 images, the box-filtered one
+    of Chrabaszcz et al. 2017 has 1,281,167 and 50,000.
+    """
     size, remedy = IMAGE_SETS[H.dataset].image_size, f"run ./setup_imagenet.sh {H.dataset}"
+    n_train, n_test = (1281167, 50000) if H.dataset.endswith("_box") else (1281149, 49999)
     root = Path(H.data_root)
-    train = open_npy(root / f"{H.dataset}-train.npy", (1281149, size, size, 3), remedy)
-    test = open_npy(root / f"{H.dataset}-valid.npy", (49999, size, size, 3), remedy)
-    train_indices, valid_indices = split_last(len(train), 5000, seed=42)
-    return Images(train, train_indices), Images(train, valid_indices), Images(test)
+    train = open_npy(root / f"{H.dataset}-train.npy", (n_train, size, size, 3), remedy)
+    test = open_npy(root / f"{H.dataset}-valid.npy", (n_test, size, size, 3), remedy)
+    indices = split_last(len(train), 5000, seed=42)
+    return Images(train, indices[0]), Images(train, indices[1]), Images(test)
 
 
 def load_ffhq256(H):
     """63,000 train images and 7,000 that are both valid and test."""
     path = Path(H.data_root, "ffhq-256.npy")
     array = open_npy(path, (70000, 256, 256, 3), "run ./setup_ffhq256.sh")
-    train_indices, valid_indices = split_last(len(array), 7000, seed=5)
-    valid = Images(array, valid_indices)
-    return Images(array, train_indices), valid, valid
+    indices = split_last(len(array), 7000, seed=5)
+    valid = Images(array, indices[1])
+    return Images(array, indices[0]), valid, valid
 
 
-class PngArray:
-    """PNG files as if they were an array (n, S, S, 3) of uint8, decoded on access."""
+class FfhqFiles:
+    """The 70,000 PNG files of FFHQ as if they were an array of images, decoded on access."""
 
-    def __init__(self, paths, size):
-        self.paths = paths
-        self.size = size
+    shape = (70000, 1024, 1024, 3)
+
+    def __init__(self, root):
+        self.root = Path(root)
+        # The official layout has folders of 1,000: 69000/69999.png.
+        self.official = (self.root / "00000").is_dir()
 
     def __len__(self):
-        return len(self.paths)
+        return self.shape[0]
 
-    def __getitem__(self, i):
-        import imageio.v3 as imageio
+    def name(self, i):
+        """Path of file number i, relative to the root."""
+        return f"{i // 1000 * 1000:05}/{i:05}.png" if self.official else f"{i:05}.png"
 
+    def missing(self):
+        """Names of the files that are not there."""
+        folders = [f"{i:05}" for i in range(0, 70000, 1000)] if self.official else [""]
+        found = set()
+        for folder in folders:
+            with contextlib.suppress(OSError):
+                found |= {os.path.join(folder, name) for name in os.listdir(self.root / folder)}
+        return [name for name in map(self.name, range(len(self))) if name not in found]
+
+    def __getitem__(self, numbers):
+        return np.stack([self._read(i) for i in numbers])
+
+    def _read(self, i):
+        path = self.root / self.name(i)
         try:
-            image = imageio.imread(self.paths[i], mode="RGB")
-        except (OSError, SyntaxError, ValueError) as error:
-            raise UserError(f"{self.paths[i]} can't be read ({error}): fetch it anew") from None
-        if image.shape != (self.size, self.size, 3):
+            image = decode(path.read_bytes())
+        except OSError as error:
+            raise UserError(f"{path} can't be read ({error.strerror}): fetch it anew") from None
+        except ValueError as error:
+            raise UserError(f"{path} {error}: fetch it anew") from None
+        if image.size != (1024, 1024):
             raise UserError(
-                f"{self.paths[i]} is {image.shape[1]} x {image.shape[0]} pixels, "
-                f"not {self.size} x {self.size}: fetch it anew"
+                f"{path} is {image.width} x {image.height} pixels, not 1024 x 1024: fetch it anew"
             )
-        return image
+        return np.asarray(image)
 
 
 def load_ffhq1024(H):
     """65,000 train images (00000 to 64999) and 5,000 that are both valid and test, by number."""
-    root = Path(H.data_root)
-    flat = (root / "00000.png").exists()
-    paths = [
-        root / f"{i:05}.png" if flat else root / f"{i // 1000 * 1000:05}" / f"{i:05}.png"
-        for i in range(70000)
-    ]
-    for path in (paths[0], paths[-1]):
-        if not path.exists():
-            raise UserError(
-                f"{path} does not exist: run ./setup_ffhq1024.sh FOLDER with the folder of the "
-                f"70,000 PNG files of FFHQ's images1024x1024"
-            )
-    array = PngArray(paths, 1024)
+    array = FfhqFiles(H.data_root)
+    if missing := array.missing():
+        raise UserError(
+            f"{H.data_root} lacks {len(missing):,} of the 70,000 PNG files, first {missing[0]}: "
+            f"run ./setup_ffhq1024.sh FOLDER with the folder of FFHQ's images1024x1024"
+        )
     valid = Images(array, np.arange(65000, 70000))
     return Images(array, np.arange(65000)), valid, valid
 
@@ -255,27 +421,331 @@ def load_photos32(H):
     return patches(0, 448, stride=8), patches(448, 544, stride=16), patches(544, 640, stride=16)
 
 
+# ---- own images: any folder of pictures, or one .npy ----------------------------------------
+
+
+def fit(image, size):
+    """A PIL image as uint8 (size, size, 3): short side to `size` (Lanczos), the middle cut out.
+
+    Raises:
+        ValueError: for an image with a side shorter than `size`.
+    """
+    short = min(image.size)
+    if short < size:
+        raise ValueError(f"is {image.width} x {image.height} pixels, smaller than {size}")
+    width, height = (round(side * size / short) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+class _ToPack(Dataset):
+    """Item i: (image i of a folder, uint8 (S, S, 3), or None; None, or why it can't be used)."""
+
+    def __init__(self, root, names, size):
+        self.root, self.names, self.size = root, names, size
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getitem__(self, i):
+        try:
+            return fit(decode((self.root / self.names[i]).read_bytes()), self.size), None
+        except OSError as error:
+            return None, f"can't be read ({error.strerror})"
+        except ValueError as error:
+            return None, str(error)
+
+
+def pack_images(root, names, size, out):
+    """Writes the images of a folder, fitted to `size`, as one .npy; returns {name: why not}.
+
+    Raises:
+        UserError: if there is no room for them, or not one can be used.
+    """
+    needed, free = len(names) * size * size * 3, shutil.disk_usage(out.parent).free
+    if needed > free:
+        raise UserError(
+            f"{len(names):,} images of {size} x {size} need {needed:,} bytes, {out.parent} has "
+            f"{free:,} free: make room"
+        )
+    bad = {}
+
+    def chunks():
+        loader = DataLoader(
+            _ToPack(root, names, size),
+            batch_size=16,
+            num_workers=os.cpu_count() if len(names) > 100 else 0,
+            collate_fn=list,
+            generator=torch.Generator(),
+        )
+        numbers = iter(names)
+        with tqdm(desc=f"packing {root}", total=len(names), unit=" images", disable=None) as bar:
+            for batch in loader:
+                for image, reason in batch:
+                    name = next(numbers)
+                    if reason:
+                        bad[name] = reason
+                    else:
+                        yield image[None]
+                bar.update(len(batch))
+        if len(bad) == len(names):
+            name, reason = next(iter(bad.items()))
+            raise UserError(f"{root}: none of {len(names)} images can be used; {name} {reason}")
+
+    write_npy(out, chunks())
+    return bad
+
+
+def split_own(n):
+    """Indices (valid, test) of n own images, shuffled with a seed of their own; the rest train.
+
+    A twentieth each, at least 1 and at most 5,000.
+    """
+    k = min(max(n // 20, 1), 5000)
+    order = np.random.RandomState(0).permutation(n)
+    return order[:k], order[k : 2 * k]
+
+
+def train_indices(n, valid, test):
+    """Those of 0..n-1 that are in neither of two splits, in ascending order."""
+    return np.setdiff1d(np.arange(n), np.concatenate([valid, test]))
+
+
+def measure(array):
+    """{mean, std, sha256} of the first 10,000 training images of an array, in levels of 0 to 255.
+
+    sha256 is over the shape and these images: it tells one set of images from another.
+    """
+    numbers = train_indices(len(array), *split_own(len(array)))[:10000]
+    digest, counts = hashlib.sha256(str(array.shape).encode()), np.zeros(256, np.int64)
+    step = max(1, 2**22 // math.prod(array.shape[1:]))  # 4 MiB at a time; bincount takes 8 times it
+    for first in range(0, len(numbers), step):
+        images = array[numbers[first : first + step]]
+        digest.update(images)
+        counts += np.bincount(images.ravel(), minlength=256)
+    levels, n = np.arange(256), max(counts.sum(), 1)
+    mean = (counts * levels).sum() / n
+    std = math.sqrt((counts * (levels - mean) ** 2).sum() / n)
+    return {"mean": float(mean), "std": std, "sha256": digest.hexdigest()}
+
+
+def cache_folders(root):
+    """Where packed images of a folder may lie: in it, or where it is read-only in the user's cache.
+
+    The latter is ${XDG_CACHE_HOME:-~/.cache}/vdvae.
+    """
+    root = Path(root).resolve()
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [root / ".vdvae", home / "vdvae" / hashlib.sha256(str(root).encode()).hexdigest()[:16]]
+
+
+def read_json(path):
+    """What a JSON file holds, or None where there is none.
+
+    Raises:
+        UserError: for a file that is no JSON object.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({error}): delete it to have it made anew") from None
+    return content
+
+
+def write_json(path, content):
+    """Writes a JSON file that appears when it is whole."""
+    partial = Path(f"{path}.partial")
+    partial.write_text(json.dumps(content, indent=1))
+    os.replace(partial, path)
+
+
+def cached(root, name, source, make):
+    """make(folder)'s manifest, made once: (one of cache_folders(root), manifest).
+
+    The manifest is kept in it as NAME.json with `source`, which says what it was made from: while
+    that is the same, it is not made again. Of all processes of a host one makes it, the others
+    wait.
+
+    Raises:
+        UserError: if there is no place to write.
+    """
+
+    def fresh(folder):
+        manifest = read_json(folder / f"{name}.json") or {}
+        return manifest if manifest.get("source") == source else None
+
+    folders = cache_folders(root)
+    for folder in folders:
+        if manifest := fresh(folder):
+            return folder, manifest
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = open(folder / f"{name}.lock", "w")
+            break
+        except OSError as error:
+            reason = error.strerror
+    else:
+        raise UserError(
+            f"what is made of {root} can be written neither to {folders[0]} nor to {folders[1]} "
+            f"({reason}): set XDG_CACHE_HOME to a folder with room"
+        )
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        manifest = fresh(folder)  # where another process was first
+        if not manifest:
+            (folder / f"{name}.json").unlink(missing_ok=True)
+            manifest = {"source": source, **make(folder)}
+            write_json(folder / f"{name}.json", manifest)
+    return folder, manifest
+
+
+def state_of(root, names):
+    """A hash over files' names, sizes and times of change."""
+    stats = [os.stat(root / name) for name in names]
+    listing = [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]
+    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
+
+
+def packed_images(root, size):
+    """The images below a folder at `size`: (MappedImages, manifest), packed where none is cached.
+
+    The manifest holds measure's facts, the names of the `files` in the array's order, and `bad`,
+    a dict of those that can't be used, each with its reason.
+
+    Raises:
+        UserError: for a folder without images, or no place to write.
+    """
+    names, left_out = list_images(root)
+    if not names:
+        raise UserError(f"{root} holds no image: --data_root needs {', '.join(SUFFIXES)} files")
+
+    def pack(folder):
+        if left_out:
+            print(f"leaving out {len(left_out)} other files below {root}, first {left_out[0]}")
+        out = folder / f"{size}.npy"
+        bad = pack_images(root, names, size, out)
+        files = [name for name in names if name not in bad]
+        print(f"packed {len(files):,} images of {root} in {out}", flush=True)
+        return {**measure(MappedImages(out)), "bad": bad, "files": files}
+
+    folder, manifest = cached(root, str(size), state_of(root, names), pack)
+    shape = (len(manifest["files"]), size, size, 3)
+    return open_npy(folder / f"{size}.npy", shape, f"delete {folder} to pack anew"), manifest
+
+
+def open_own(H):
+    """(MappedImages, facts as of measure) of --data_root, a folder of images or one .npy.
+
+    Raises:
+        UserError: as packed_images and open_npy; for images that can't be used, unless --bad_images
+            is skip; and for a missing or wrong --image_size.
+    """
+    root = Path(H.data_root)
+    if root.suffix == ".npy" and not root.is_dir():
+        try:
+            found = np.lib.format.open_memmap(root, mode="r").shape
+        except (OSError, ValueError) as error:
+            raise UserError(f"--data_root {root} is no complete .npy file ({error})") from None
+        n, size = (found + (0, 0))[:2]
+        size = H.image_size or size
+        array = open_npy(root, (n, size, size, 3), "convert it, or name another --image_size")
+        state = state_of(root.parent, [root.name])
+        return array, cached(root.parent, root.name, state, lambda _: measure(array))[1]
+    if not root.is_dir():
+        raise UserError(f"--data_root {root} is no folder: name one of images, or an .npy file")
+    if not H.image_size:
+        raise UserError("--dataset images needs --image_size: the pixels of a side to resize to")
+    array, facts = packed_images(root, H.image_size)
+    bad = facts["bad"]
+    if bad and H.bad_images != "skip":
+        named = ", ".join(f"{name} {why}" for name, why in list(bad.items())[:3])
+        raise UserError(
+            f"{len(bad)} of {len(bad) + len(array)} images below {root} can't be used "
+            f"({named}{', ...' if len(bad) > 3 else ''}; all in "
+            f"{Path(array.path).with_suffix('.json')}): mend or remove them, or add "
+            f"--bad_images skip"
+        )
+    return array, facts
+
+
+def load_images(H):
+    """The user's own images; sets H.image_size, H.image_mean and H.image_std.
+
+    Mean, std and split are kept in images.json in the run's folder. A run that restores the weights
+    of another takes the mean and std of that one, and its split where the images are the same.
+
+    Raises:
+        UserError: as open_own; if the run's folder tells of other images; for fewer than 3 images
+            or such of one level only.
+    """
+    array, facts = open_own(H)
+    n, size = array.shape[:2]
+    if n < 3 or not facts["std"]:
+        raise UserError(
+            f"{H.data_root} holds {n} images of standard deviation {facts['std']:g}: a split in "
+            f"three needs 3 images, and levels that differ"
+        )
+    valid, test = split_own(n)
+    record = {"image_size": size, "n_images": n, "valid": valid.tolist(), "test": test.tolist()}
+    record |= {key: facts[key] for key in ("mean", "std", "sha256")}
+    places = [Path(H.logdir)] if H.logdir else []
+    places += [Path(path) for path in (H.restore_ema_path, H.restore_path) if path]
+    for path in [place.with_name("images.json") for place in places]:
+        known = read_json(path)
+        if not known:
+            continue
+        if not record.keys() <= known.keys():
+            raise UserError(f"{path} lacks one of {', '.join(record)}: delete it to measure anew")
+        if known["sha256"] == record["sha256"]:
+            record = known
+        elif path.parent == Path(H.logdir or "").parent:
+            raise UserError(
+                f"{path} tells of {known['n_images']} other images of {known['image_size']} pixels "
+                f"than the {n} of {size} of {H.data_root}: choose another --desc, or delete it"
+            )
+        else:
+            record |= {key: known[key] for key in ("mean", "std")}
+        break
+    if H.logdir and mpi_rank() == 0:
+        write_json(Path(H.logdir).with_name("images.json"), record)
+    H.image_size, H.image_mean, H.image_std = size, record["mean"], record["std"]
+    valid, test = (np.array(record[key], dtype=np.int64) for key in ("valid", "test"))
+    train = train_indices(n, valid, test)
+    return Images(array, train), Images(array, valid), Images(array, test)
+
+
 LOADERS = {
     "cifar10": load_cifar10,
     "imagenet32": load_imagenet,
     "imagenet64": load_imagenet,
+    "imagenet32_box": load_imagenet,
+    "imagenet64_box": load_imagenet,
     "ffhq_256": load_ffhq256,
     "ffhq_1024": load_ffhq1024,
     "digits": load_digits,
     "photos32": load_photos32,
+    "images": load_images,
 }
 
 
 # ---- the door ------------------------------------------------------------------------------
 
 
-def make_preprocess(dataset, device):
+def make_preprocess(dataset, device, mean=None, std=None):
     """A function [uint8 (N, S, S, 3), ...] → (input, target), float32 of that shape on `device`.
 
-    input is (level - mean) / std of the data set; target is in [-1, 1], of 5 bits where the data
-    set's are. The caller's batch is left as it was.
+    input is (level - mean) / std of the data set (own images: as given); target is in [-1, 1], of 5
+    bits where the data set's are. The caller's batch is left as it was.
     """
     facts = IMAGE_SETS[dataset]
+    if dataset == "images":
+        facts = facts._replace(mean=mean, std=std)
 
     def preprocess_fn(batch):
         levels = batch[0].to(device, non_blocking=True).float()  # (N, S, S, 3), 0 to 255
@@ -298,8 +768,15 @@ def set_up_data(H):
     """
     if H.dataset not in IMAGE_SETS:
         raise UserError(f"unknown dataset {H.dataset!r}: it is one of {', '.join(IMAGE_SETS)}")
-    H.image_size = IMAGE_SETS[H.dataset].image_size
+    size = IMAGE_SETS[H.dataset].image_size
+    if size and H.image_size not in (None, size):
+        raise UserError(
+            f"--image_size {H.image_size}: {H.dataset} has {size} pixels; leave it out, or give "
+            f"your own images with --dataset images"
+        )
+    H.image_size = H.image_size or size
     H.image_channels = 3
     train, valid, test = LOADERS[H.dataset](H)
-    preprocess_fn = make_preprocess(H.dataset, resolve_device(H.device))
+    device = resolve_device(H.device)
+    preprocess_fn = make_preprocess(H.dataset, device, H.image_mean, H.image_std)
     return H, train, test if H.test_eval else valid, preprocess_fn

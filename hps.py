@@ -43,25 +43,35 @@ class ImageSet(NamedTuple):
 
     mean and std are those of about 10,000 training images, in levels of 0 to 255: the network's
     input is (level - mean) / std. bits is the depth of the target; at 5 bits the lowest three of
-    each level are dropped from it.
+    each level are dropped from it. notice is what every result on the data set says with it.
     """
 
-    image_size: int
-    mean: float
-    std: float
+    image_size: int | None
+    mean: float | None
+    std: float | None
     bits: int = 8
+    notice: str | None = None
+
+
+_BOX = "box-filtered ImageNet (Chrabaszcz et al. 2017): not comparable with the published {} of {}"
 
 
 IMAGE_SETS = {
     "cifar10": ImageSet(32, 120.63838, 64.16736),
     "imagenet32": ImageSet(32, 116.2373, 69.37404),
     "imagenet64": ImageSet(64, 115.92961967, 69.37404),
+    # The same photographs, made smaller by another filter. With the same mean and std, weights
+    # trained on one can be tried on the other.
+    "imagenet32_box": ImageSet(32, 116.2373, 69.37404, notice=_BOX.format(3.80, "imagenet32")),
+    "imagenet64_box": ImageSet(64, 115.92961967, 69.37404, notice=_BOX.format(3.52, "imagenet64")),
     "ffhq_256": ImageSet(256, 112.8666757481, 69.84780273, bits=5),
     "ffhq_1024": ImageSet(1024, 0.4387 * 255, 0.2743 * 255),  # published for levels of 0 to 1
     # The two data sets that scikit-learn ships; measured on their training images
     # (tests/test_data.py measures them again).
     "digits": ImageSet(8, 78.04011, 95.98312),
     "photos32": ImageSet(32, 105.21026, 81.46530),
+    # The user's own: --image_size gives the size, data.py measures mean and std.
+    "images": ImageSet(None, None, None),
 }
 
 
@@ -70,9 +80,16 @@ def target_bits(dataset):
     return IMAGE_SETS[dataset].bits if dataset in IMAGE_SETS else 8
 
 
+def result_notice(dataset):
+    """{} for most data sets; {"notice": text} where results must not be compared with others."""
+    notice = IMAGE_SETS[dataset].notice if dataset in IMAGE_SETS else None
+    return {"notice": notice} if notice else {}
+
+
 # ---- presets -------------------------------------------------------------------------------
 # The five published ones (arXiv 2011.10650, section 4 and its released code), each on the one
-# before it, then two that train on a laptop's CPU.
+# before it, then two that train on a laptop's CPU, then four for own images (--data_root FOLDER)
+# on one ordinary GPU.
 
 HPARAMS_REGISTRY = {}
 
@@ -185,6 +202,15 @@ photos32 = Hyperparams(
 )
 HPARAMS_REGISTRY["photos32"] = photos32
 
+images32 = Hyperparams(
+    cifar10,
+    dataset="images",
+    image_size=32,
+    width=256,
+    ema_rate=0.999,
+)
+HPARAMS_REGISTRY["images32"] = images32
+
 
 # ---- options -------------------------------------------------------------------------------
 
@@ -229,7 +255,10 @@ OPTIONS = {
     ],
     "data": [
         ("dataset", _one_of(*IMAGE_SETS), "cifar10", f"one of {', '.join(IMAGE_SETS)}"),
-        ("data_root", str, "./", "folder of the data set's files"),
+        ("data_root", str, "./", "folder of the data set's files; images: also one .npy file"),
+        ("image_size", _count, None, "images: pixels of a side after resizing (an .npy: its own)"),
+        ("bad_images", _one_of("refuse", "skip"), "refuse", "images: unreadable or too small ones"),
+        ("num_workers", _natural, None, "processes that load images (none: chosen, see README)"),
     ],
     "restore": [
         ("restore_path", str, None, "weights: PREFIX-model.th"),
@@ -358,5 +387,5 @@ def get_hparams(preset, **overrides):
             hint = f"did you mean {near[0]}?" if near else "train.py --help lists them"
             raise UserError(f"unknown hyperparameter {name!r}: {hint}")
     H.update(overrides)
-    H.update(image_size=IMAGE_SETS[H.dataset].image_size, image_channels=3)
+    H.update(image_size=IMAGE_SETS[H.dataset].image_size or H.image_size, image_channels=3)
     return H

@@ -15,8 +15,8 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import EpochBatches, set_up_data
-from hps import UserError
+from data import EpochBatches, make_loader, set_up_data
+from hps import UserError, result_notice
 from train_helpers import (
     accumulate_stats,
     load_opt,
@@ -92,10 +92,11 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
 
     Returns:
         n_batches, n_images; elbo, distortion and rate, means over images in nats per dimension;
-        filtered_elbo, over the images where it is finite; bits_per_dim.
+        filtered_elbo, over the images where it is finite; bits_per_dim; and where figures on the
+        data set must not be compared with published ones, a notice that says so.
     """
     mine = Subset(data_valid, range(mpi_rank(), len(data_valid), mpi_size()))
-    loader = DataLoader(mine, batch_size=H.n_batch)
+    loader = make_loader(H, mine, batch_size=H.n_batch)
     # Sums over images: count, elbo, finite elbos, how many those are, distortion, rate, batches.
     totals = torch.zeros(7, dtype=torch.float64)
     for batch in tqdm(loader, "evaluating", disable=None if mpi_rank() == 0 else True):
@@ -131,6 +132,7 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         "distortion": distortion / n_images,
         "rate": rate / n_images,
         "bits_per_dim": nats_to_bits(elbo / n_images),
+        **result_notice(H.dataset),
     }
 
 
@@ -180,7 +182,7 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
     # 1. What the steps need.
     optimizer, scheduler, _, iterate, starting_epoch = load_opt(H, vae, logprint)
     batches = EpochBatches(len(data_train), H.n_batch, mpi_rank(), mpi_size(), H.seed)
-    loader = DataLoader(data_train, batch_sampler=batches)
+    loader = make_loader(H, data_train, batch_sampler=batches)
     if not len(batches):
         raise UserError(
             f"--n_batch {H.n_batch} on {mpi_size()} processes: the {len(data_train)} training "
@@ -238,6 +240,7 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
                     bits_per_dim=nats_to_bits(average["elbo"]),
                     skip_rate=average["skipped_updates"] / len(stats),
                     images_per_second=H.n_batch * mpi_size() / average["iter_time"],
+                    **result_notice(H.dataset),
                 )
             if iterate % H.iters_per_save == 0 and math.isfinite(stats[-1]["elbo"]):
                 save("latest")
