@@ -141,6 +141,11 @@ class _Loader(DataLoader):
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
 
 
+def _cores():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def make_loader(H, images, **batching):
     """A DataLoader of batches [uint8 (N, S, S, 3)], in H.num_workers processes, pinned for CUDA.
 
@@ -153,7 +158,7 @@ def make_loader(H, images, **batching):
     cuda = str(H.device or "cpu") != "cpu"
     workers = H.num_workers
     if workers is None:
-        cores = max(1, os.cpu_count() // world().local_size)
+        cores = max(1, _cores() // world().local_size)
         workers = min(4, cores) if H.dataset == "ffhq_1024" else int(cuda)
     # A generator of its own: by default it would draw from the one that makes the noise.
     return _Loader(
@@ -475,7 +480,7 @@ def pack_images(root, names, size, out):
         loader = DataLoader(
             _ToPack(root, names, size),
             batch_size=16,
-            num_workers=os.cpu_count() if len(names) > 100 else 0,
+            num_workers=_cores() if len(names) > 100 else 0,
             collate_fn=list,
             generator=torch.Generator(),
         )

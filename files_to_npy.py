@@ -1,119 +1,110 @@
-"""Turns a folder of images, or a plain tar of them, into one .npy file.
+"""Turns a folder of images, a plain tar of them, or box-filtered ImageNet into one .npy file.
 
     python files_to_npy.py images/ images.npy
     python files_to_npy.py train_32x32.tar imagenet32-train.npy --expect 1281149
+    python files_to_npy.py train_data_batch_1.npz ... imagenet32_box-train.npy
 
 The result is uint8 (n, H, W, 3), in the order of the images' names (by code points, the path below
-SOURCE) and not in that of the tar or the file system.
+SOURCE) and not in that of the tar or the file system; .npz files follow one another as given.
 """
 
 import argparse
-import io
-import os
+import math
 import tarfile
+import zipfile
+import zlib
 from array import array
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
+from data import SUFFIXES, decode, list_images, write_npy
 from hps import UserError
 
-SUFFIXES = (".png", ".jpg", ".jpeg")
-# PIL modes that become RGB as one expects: grey is repeated in the three channels, palette entries
-# are looked up, alpha is dropped. Others, such as 16-bit grey, would silently be clipped.
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 # Counts that betray the data set most easily taken for the small ImageNet of 2016.
 BOX_FILTERED_COUNTS = (1_281_167, 50_000)
+DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error)
 
 
-def files_to_npy(source, out, expect=None, force=False):
+def files_to_npy(source, out, expect=None, force=False, side=None):
     """Write the images in source to out; return the shape, (n, H, W, 3).
 
-    Grey and palette images become RGB, alpha is dropped. Files not named .png, .jpg or .jpeg are
-    left out, and how many is printed. Memory is that of the names (under 200 bytes an image) and
-    one image. out appears when it is whole: until then the data is in out + ".part", deleted on an
-    error and overwritten by the next call.
+    Grey and palette images become RGB, alpha is dropped. Other files than SUFFIXES are left out,
+    and how many is printed. Memory is that of the names (under 200 bytes an image) and one image.
+    out appears when it is whole: until then the data is in out + ".part", deleted on an error and
+    overwritten by the next call.
 
     Args:
-        source: path of a folder (searched to any depth) or of an uncompressed tar.
+        source: path of a folder (searched to any depth) or of an uncompressed tar, or a list of
+            paths of Imagenet32's or Imagenet64's .npz files.
         out: path of the .npy file to write.
         expect: the number of images there must be, or None.
         force: replace out where it exists.
+        side: the width and height in pixels that the images must have, or None.
 
     Raises:
-        UserError: out exists (without force) or cannot be written; source is neither folder nor
-            tar, is damaged, or has other than `expect` images; an image, which is named, does not
-            decode, has a mode that does not fit in RGB or another size than the first.
+        UserError: out exists (without force) or cannot be written; source is none of those, is
+            damaged, or has other than `expect` images or pixels than `side`; an image, which is
+            named, does not decode, has a mode that does not fit in RGB or another size than the
+            first.
     """
-    source, out = Path(source), Path(out)
+    out = Path(out)
     if out.is_dir() or (out.exists() and not force):
         raise UserError(f"{out} exists already; name another file, or add --force to replace it")
-    names, left_out, read = _list_folder(source) if source.is_dir() else _list_tar(source)
-    if left_out:
-        print(f"leaving out {len(left_out)} files that are no PNG or JPEG, first {left_out[0]}")
-    if not names:
-        raise UserError(f"{source} holds no image; it needs {', '.join(SUFFIXES)} files")
-    if expect not in (None, len(names)):
+    if isinstance(source, list):
+        shapes = [_npz_shape(path) for path in source]
+        for path, shape in zip(source, shapes, strict=True):
+            if shape[1:] != shapes[0][1:]:
+                raise UserError(f"{path} holds images of {shape[1:]}, {source[0]} of another size")
+        n, chunks = sum(shape[0] for shape in shapes), _npz_images(source)
+        source = f"{len(source)} .npz files"
+    else:
+        source = Path(source)
+        names, left_out, read = _list_folder(source) if source.is_dir() else _list_tar(source)
+        if left_out:
+            print(f"leaving out {len(left_out)} files that are no images, first {left_out[0]}")
+        if not names:
+            raise UserError(f"{source} holds no image; it needs {', '.join(SUFFIXES)} files")
+        n, chunks = len(names), _images(names, read)
+    if expect not in (None, n):
         why = "it is incomplete or the wrong one"
-        if len(names) in BOX_FILTERED_COUNTS:
+        if n in BOX_FILTERED_COUNTS:
             why = "that is the count of the other, box-filtered downsampled ImageNet"
-        raise UserError(f"{source} holds {len(names)} images where {expect} are expected; {why}")
-
-    part = out.with_name(out.name + ".part")
-    try:
-        # Written in sequence, not through a memory map, whose pages would count as our memory.
-        with open(part, "wb", buffering=1 << 20) as file:
-            for i, name in enumerate(tqdm(names, desc=out.name, unit=" images", disable=None)):
-                image = _decode(name, read, i)
-                if i == 0:
-                    size = image.size  # (W, H)
-                    shape = (len(names), image.height, image.width, 3)
-                    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
-                    np.lib.format.write_array_header_1_0(file, header)
-                if image.size != size:
-                    raise UserError(
-                        f"{name} is {image.width}x{image.height}, the first image, {names[0]}, is "
-                        f"{size[0]}x{size[1]}; all must have one size: leave it out or resize it"
-                    )
-                file.write(image.tobytes())  # (H, W, 3)
-            file.flush()
-            os.fsync(file.fileno())  # or a power cut could leave the final name on missing data
-        os.replace(part, out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror}; check folder and space") from None
-    finally:
-        if part.is_file():  # not after os.replace
-            part.unlink()
-    return shape
+        raise UserError(f"{source} holds {n} images where {expect} are expected; {why}")
+    with tqdm(desc=out.name, total=n, unit=" images", disable=None) as bar:
+        return write_npy(out, _checked(chunks, side, bar))
 
 
-def _decode(name, read, i):
-    """Image i, called name, as a PIL image of mode RGB."""
-    try:
-        image = Image.open(io.BytesIO(read(i)))
-        mode = image.mode
-        rgb = image.convert("RGB") if mode in MODES else None
-    except Exception as error:  # damaged bytes make PIL's decoders raise nearly anything
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{name} cannot be decoded ({reason}); replace or remove it") from None
-    if rgb is None:
-        raise UserError(
-            f"{name} has mode {mode}, which is not 8-bit RGB, grey or palette; convert it"
-        )
-    return rgb
+def _checked(chunks, side, bar):
+    for chunk in chunks:
+        _, height, width, _ = chunk.shape
+        if side and (height, width) != (side, side):
+            raise UserError(f"the images are {width}x{height}, not {side}x{side} as expected")
+        yield chunk
+        bar.update(len(chunk))
+
+
+def _images(names, read):
+    """The images, each (1, H, W, 3)."""
+    size = None
+    for i, name in enumerate(names):
+        try:
+            image = decode(read(i))
+        except (ValueError, OSError, tarfile.TarError) as error:
+            raise UserError(f"{name} {error}; replace, convert or remove it") from None
+        if size and image.size != size:
+            raise UserError(
+                f"{name} is {image.width}x{image.height}, the first image, {names[0]}, is "
+                f"{size[0]}x{size[1]}; all must have one size: leave it out or resize it"
+            )
+        size = image.size  # (W, H)
+        yield np.asarray(image)[None]
 
 
 def _list_folder(folder):
-    """(names, left_out, read) as _list_tar's, for a folder. Links to folders are left out."""
-    names, left_out = [], []
-    for root, folders, files in os.walk(folder):
-        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
-        for name in files + links:
-            path = Path(root, name).relative_to(folder).as_posix()
-            (names if path.lower().endswith(SUFFIXES) else left_out).append(path)
-    names.sort()
+    """(names, left_out, read) as _list_tar's, for a folder."""
+    names, left_out = list_images(folder)
     return names, left_out, lambda i: (folder / names[i]).read_bytes()
 
 
@@ -155,17 +146,66 @@ def _list_tar(path):
     return names, left_out, read
 
 
+def _open_npz(path):
+    """The member data.npy of an .npz file, opened and read up to its header's end, and its shape.
+
+    It is read as bytes in sequence, so that neither can a pickle in it run nor the file, of up to
+    1.6 GB, fill the memory. The shape is (n, S, S).
+    """
+    try:
+        file = zipfile.ZipFile(path).open("data.npy")
+        version = np.lib.format.read_magic(file)
+        read_header = getattr(np.lib.format, f"read_array_header_{version[0]}_0")
+        shape, fortran_order, dtype = read_header(file)
+    except (OSError, KeyError, ValueError, AttributeError, *DAMAGED_ZIP) as error:
+        raise UserError(f"{path} is no .npz file with images called data ({error})") from None
+    size = math.isqrt(shape[-1] // 3) if shape else 0
+    if dtype != np.uint8 or fortran_order or not size or shape != (shape[0], 3 * size**2):
+        raise UserError(f"{path} holds data of {dtype} {shape}, not uint8 (n, 3 * S * S)")
+    return file, (shape[0], size, size)
+
+
+def _npz_shape(path):
+    file, shape = _open_npz(path)
+    file.close()
+    return shape
+
+
+def _npz_images(paths):
+    """The images of .npz files, whose rows are three planes of S * S, as (k, S, S, 3)."""
+    for path in paths:
+        file, (n, size, _) = _open_npz(path)
+        row = 3 * size**2
+        with file:
+            for first in range(0, n, 1024):
+                k = min(1024, n - first)
+                try:
+                    planes = np.frombuffer(file.read(k * row), np.uint8)
+                    planes = planes.reshape(k, 3, size, size)
+                except (OSError, EOFError, ValueError, *DAMAGED_ZIP) as error:
+                    raise UserError(f"{path} is damaged ({error}): fetch it anew") from None
+                yield planes.transpose(0, 2, 3, 1)
+
+
 def main():
     parser = argparse.ArgumentParser(
-        description="Turn a folder of images, or a plain tar of them, into one .npy file: uint8 "
-        "(n, H, W, 3), in the order of their names. Grey and palette images become RGB."
+        description="Turn a folder of images, a plain tar of them, or the .npz files of the "
+        "box-filtered ImageNet into one .npy file: uint8 (n, H, W, 3), in the order of their "
+        "names. Grey and palette images become RGB."
     )
-    parser.add_argument("source", help="folder, searched to any depth, or uncompressed tar")
+    parser.add_argument(
+        "source", nargs="+", help="a folder, searched to any depth, an uncompressed tar, or .npz's"
+    )
     parser.add_argument("out", help="the .npy file to write")
     parser.add_argument("--expect", type=int, metavar="N", help="fail unless there are N images")
+    parser.add_argument("--side", type=int, metavar="S", help="fail unless they are S x S pixels")
     parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
     args = parser.parse_args()
-    shape = files_to_npy(args.source, args.out, args.expect, args.force)
+    npz = all(path.endswith(".npz") for path in args.source)
+    if not npz and len(args.source) > 1:
+        raise UserError(f"{len(args.source)} sources: only .npz files can be several")
+    source = args.source if npz else args.source[0]
+    shape = files_to_npy(source, args.out, args.expect, args.force, args.side)
     print(f"{args.out}: uint8 {shape}")
 
 

@@ -190,6 +190,75 @@ def test_a_bad_source_is_refused(tmp_path, case):
     assert not (tmp_path / "out.npy").exists() and not (tmp_path / "out.npy.part").exists()
 
 
+def write_npz(path, images, **other):
+    np.savez_compressed(path, data=images.transpose(0, 3, 1, 2).reshape(len(images), -1), **other)
+    return str(path)
+
+
+def test_npz_files_follow_one_another(tmp_path):
+    images = np.concatenate([SORTED] * 500)  # (2500, 8, 8, 3): more than one read
+    parts = [
+        write_npz(tmp_path / f"train_data_batch_{i}.npz", part, labels=np.zeros(3), mean=part[0])
+        for i, part in enumerate((images[:2300], images[2300:]), 9)
+    ]
+    command = [sys.executable, SCRIPT, *parts, tmp_path / "out.npy", "--expect", "2500"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    assert np.array_equal(np.load(tmp_path / "out.npy"), images)
+
+    command[2] = tmp_path  # a folder and an .npz
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2 and "only .npz files can be several" in done.stderr
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("ran",)
+
+
+def bad_zip(path):
+    write_npz(path, np.random.default_rng(0).integers(0, 256, (100, 8, 8, 3), dtype=np.uint8))
+    data = bytearray(path.read_bytes())
+    data[-2000] ^= 255  # in the last compressed levels
+    path.write_bytes(data)
+
+
+BAD_NPZ = {
+    "absent": (lambda path: None, "No such file"),
+    "no zip": (lambda path: path.write_bytes(b"x" * 1000), "not a zip file"),
+    "cut off": (
+        lambda path: (write_npz(path, SORTED), os.truncate(path, path.stat().st_size - 30)),
+        "not a zip file",
+    ),
+    "damaged": (bad_zip, "is damaged"),
+    "no data": (lambda path: np.savez(path, labels=SORTED), "There is no item named 'data.npy'"),
+    "floats": (lambda path: np.savez(path, data=np.zeros((2, 12))), "float64 .2, 12., not uint8"),
+    "no square": (lambda path: np.savez(path, data=np.zeros((2, 15), np.uint8)), "uint8 .2, 15."),
+    "flat": (lambda path: np.savez(path, data=np.zeros(12, np.uint8)), "uint8 .12,., not"),
+    "pickle": (lambda path: np.savez(path, data=np.array([[Hostile()]])), "object .1, 1."),
+    "other size": (lambda path: write_npz(path, SORTED[:, :4, :4]), "bad.npz holds images of .4"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_NPZ)
+def test_a_bad_npz_is_refused(tmp_path, monkeypatch, case):
+    monkeypatch.chdir(tmp_path)
+    write, message = BAD_NPZ[case]
+    write(tmp_path / "bad.npz")
+    good = write_npz(tmp_path / "good.npz", SORTED)
+    with pytest.raises(UserError, match=message) as error:
+        files_to_npy([good, str(tmp_path / "bad.npz")], tmp_path / "out.npy")
+    assert "bad.npz" in str(error.value) and "\n" not in str(error.value)
+    assert not set(os.listdir()) & {"out.npy", "out.npy.part", "ran"}
+
+
+def test_a_side_is_held(tmp_path):
+    source = write_folder(tmp_path / "source", FILES)
+    with pytest.raises(UserError, match="8x8, not 32x32"):
+        files_to_npy(source, tmp_path / "out.npy", side=32)
+    assert files_to_npy(source, tmp_path / "out.npy", side=8) == (5, 8, 8, 3)
+
+
 def test_an_out_that_cannot_be_written_is_refused(tmp_path):
     source = write_folder(tmp_path / "source", FILES)
     with pytest.raises(UserError, match="cannot write .*No such file or directory"):

@@ -517,6 +517,48 @@ def test_a_killed_conversion_starts_again(start, run, tars, tmp_path):
     assert array.shape == (20_000, SIZE, SIZE, 3) and (array == VALID_ARRAY[0]).all()
 
 
+@pytest.fixture
+def box(tmp_path):
+    """box.folder holds eleven tiny .npz files as Imagenet32's, box.facts their counts."""
+
+    class Box:
+        folder, facts = tmp_path / "npz", tmp_path / "facts"
+
+        def write(self, name, images):
+            planes = images.transpose(0, 3, 1, 2).reshape(len(images), -1)
+            np.savez(self.folder / name, data=planes, labels=np.arange(len(images)), mean=planes[0])
+
+    box = Box()
+    box.folder.mkdir()
+    for i in range(10):
+        box.write(f"train_data_batch_{i + 1}.npz", TRAIN_ARRAY[i : i + 1])
+    box.write("val_data.npz", VALID_ARRAY)
+    box.facts.write_text("train_box - - 10\nvalid_box - - 11\n")
+    return box
+
+
+def test_the_box_filtered_imagenet_has_names_of_its_own(run, box, tmp_path):
+    command = {"IMAGENET_FACTS": box.facts}
+    result = run("setup_imagenet.sh", "imagenet32_box", box.folder, **command)
+    assert_done(result, "imagenet32_box-train.npy")
+    cwd = tmp_path / "cwd"
+    assert names_in(cwd) == ["imagenet32_box-train.npy", "imagenet32_box-valid.npy"]
+    assert np.array_equal(np.load(cwd / "imagenet32_box-train.npy"), TRAIN_ARRAY[:10])
+    assert np.array_equal(np.load(cwd / "imagenet32_box-valid.npy"), VALID_ARRAY)
+    assert_done(run("setup_imagenet.sh", "imagenet32_box", **command), "nothing to do")
+
+
+def test_the_box_filtered_imagenet_is_checked(run, box, tmp_path):
+    def refused(name, *words, **command):
+        assert_refused(run("setup_imagenet.sh", name, box.folder, **command), *words)
+
+    refused("imagenet32_box", "11 images where 50000 are expected")
+    refused("imagenet64_box", "32x32, not 64x64", IMAGENET_FACTS=box.facts)
+    (box.folder / "train_data_batch_7.npz").unlink()
+    refused("imagenet32_box", "no ", "train_data_batch_7.npz", IMAGENET_FACTS=box.facts)
+    assert names_in(tmp_path / "cwd") == []
+
+
 # ---- FFHQ at 256 ---------------------------------------------------------------------------
 
 
