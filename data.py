@@ -9,7 +9,6 @@ import hashlib
 import io
 import json
 import math
-import mmap
 import os
 import pickle
 import shutil
@@ -33,32 +32,38 @@ def mkdir_p(path):
 # ---- arrays, data sets, batches ------------------------------------------------------------
 
 
-class MappedImages:
-    """A .npy file of images (n, S, S, 3), memory-mapped; an index copies what it names.
+class NpyImages:
+    """A .npy file of uint8 images (n, S, S, 3) on the disk: an index reads the images it names.
 
-    Pages that were read do not stay in this process's memory (the system may keep them), and
-    a pickled one, as loader workers get it, holds the path alone.
+    It reads where a memory map would fault: one request an image instead of one a page, without
+    the 128 KiB that a fault reads around it, and what was read stays out of this process's memory
+    (the system may keep it). A pickled one, as loader workers may get it, holds the path alone.
     """
 
     def __init__(self, path):
         self.path = path
-        self.array = np.lib.format.open_memmap(path, mode="r")
-        self.shape, self.dtype = self.array.shape, self.array.dtype
+        array = np.lib.format.open_memmap(path, mode="r")  # which checks the header and the size
+        self.shape, self.offset = array.shape, array.offset
+        self.kind = f"{array.dtype} {array.shape}{'' if array.flags.c_contiguous else ' (Fortran)'}"
+        self.file = open(path, "rb", buffering=0)
 
     def __len__(self):
         return self.shape[0]
 
-    def __getitem__(self, index):
-        images = np.array(self.array[index])
-        self.array.base.madvise(mmap.MADV_DONTNEED)
+    def __getitem__(self, numbers):
+        images = np.empty((len(numbers), *self.shape[1:]), np.uint8)  # (N, S, S, 3)
+        for image, number in zip(images, numbers, strict=True):
+            start = self.offset + int(number) * image.nbytes
+            if os.preadv(self.file.fileno(), [image], start) != image.nbytes:
+                raise UserError(f"{self.path} ends before its image {number}: it was cut off")
         return images
 
     def __reduce__(self):
-        return MappedImages, (self.path,)
+        return NpyImages, (self.path,)
 
 
 class Images(Dataset):
-    """Some of an array of images, uint8 (n, S, S, 3), in memory, memory-mapped or decoded.
+    """Some of an array of images, uint8 (n, S, S, 3), in memory or in files.
 
     Item i is a tuple of one uint8 tensor (S, S, 3), a copy.
     """
@@ -297,14 +302,14 @@ def load_cifar10(H):
 
 
 def open_npy(path, shape, remedy):
-    """Memory-maps a .npy file of uint8 images of the given shape (n, S, S, 3).
+    """Opens a .npy file of uint8 images of the given shape (n, S, S, 3).
 
     Raises:
         UserError: for a file that is missing, damaged, or of another type or shape.
     """
     expected = f"uint8 {shape}"
     try:
-        array = MappedImages(path)
+        array = NpyImages(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: {remedy}") from None
     except (OSError, ValueError) as error:
@@ -312,8 +317,8 @@ def open_npy(path, shape, remedy):
             f"{path} is no complete .npy file of {expected} ({error}; it has "
             f"{os.path.getsize(path):,} bytes, expected are {math.prod(shape) + 128:,}): {remedy}"
         ) from None
-    if array.dtype != np.uint8 or array.shape != shape:
-        raise UserError(f"{path} holds {array.dtype} {array.shape}, not {expected}: {remedy}")
+    if array.kind != expected:
+        raise UserError(f"{path} holds {array.kind}, not {expected}: {remedy}")
     return array
 
 
@@ -618,7 +623,7 @@ def state_of(root, names):
 
 
 def packed_images(root, size):
-    """The images below a folder at `size`: (MappedImages, manifest), packed where none is cached.
+    """The images below a folder at `size`: (NpyImages, manifest), packed where none is cached.
 
     The manifest holds measure's facts, the names of the `files` in the array's order, and `bad`,
     a dict of those that can't be used, each with its reason.
@@ -637,7 +642,7 @@ def packed_images(root, size):
         bad = pack_images(root, names, size, out)
         files = [name for name in names if name not in bad]
         print(f"packed {len(files):,} images of {root} in {out}", flush=True)
-        return {**measure(MappedImages(out)), "bad": bad, "files": files}
+        return {**measure(NpyImages(out)), "bad": bad, "files": files}
 
     folder, manifest = cached(root, str(size), state_of(root, names), pack)
     shape = (len(manifest["files"]), size, size, 3)
@@ -645,7 +650,7 @@ def packed_images(root, size):
 
 
 def open_own(H):
-    """(MappedImages, facts as of measure) of --data_root, a folder of images or one .npy.
+    """(NpyImages, facts as of measure) of --data_root, a folder of images or one .npy.
 
     Raises:
         UserError: as packed_images and open_npy; for images that can't be used, unless --bad_images

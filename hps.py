@@ -202,14 +202,51 @@ photos32 = Hyperparams(
 )
 HPARAMS_REGISTRY["photos32"] = photos32
 
-images32 = Hyperparams(
+# n_batch fits 8 GB: saved for the backward pass are 0.3, 0.5, 0.8 and 1.2 GiB an image (float32).
+images32 = Hyperparams(  # 15.0 million parameters
     cifar10,
     dataset="images",
     image_size=32,
     width=256,
     ema_rate=0.999,
+    enc_blocks="32x8,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3",
+    dec_blocks="1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x14",
 )
 HPARAMS_REGISTRY["images32"] = images32
+
+images64 = Hyperparams(  # 16.2 million
+    images32,
+    image_size=64,
+    width=128,
+    custom_width_str="32:256,16:256,8:256,4:256,1:256",
+    n_batch=8,
+    enc_blocks="64x6,64d2,32x8,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3",
+    dec_blocks="1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x14,64m32,64x5",
+)
+HPARAMS_REGISTRY["images64"] = images64
+
+images128 = Hyperparams(  # 27.3 million
+    images64,
+    image_size=128,
+    width=64,
+    custom_width_str="64:128,32:256,16:384,8:384,4:384,1:384",
+    n_batch=6,
+    num_images_visualize=4,
+    enc_blocks="128x3,128d2,64x6,64d2,32x8,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3",
+    dec_blocks="1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x14,64m32,64x7,128m64,128x2",
+)
+HPARAMS_REGISTRY["images128"] = images128
+
+images256 = Hyperparams(  # 42.5 million
+    images128,
+    image_size=256,
+    width=32,
+    custom_width_str="128:64,64:128,32:256,16:512,8:512,4:512,1:512",
+    n_batch=4,
+    enc_blocks="256x2,256d2,128x3,128d2,64x6,64d2,32x8,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3",
+    dec_blocks="1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x14,64m32,64x7,128m64,128x3,256m128",
+)
+HPARAMS_REGISTRY["images256"] = images256
 
 
 # ---- options -------------------------------------------------------------------------------
