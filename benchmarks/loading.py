@@ -1,6 +1,6 @@
 """What images cost before they reach the network: memory, time to the first batch, images/s.
 
-    python benchmarks/loading.py [memory] [arrays] [png] [folder]      (all of them by default)
+    python benchmarks/loading.py memory arrays png folder
 
 memory: a process of its own trains a small network on a sparse 15.7 GB imagenet64-train.npy, and
 then reads on to its 2,000th batch, against the same on a file of 200 images. arrays: batches of
@@ -91,7 +91,7 @@ def measure_memory(folder):
     np.save(tiny, noise)
 
     def run(*args):
-        command = [sys.executable, __file__, "--child", *map(str, args), str(time.time())]
+        command = [sys.executable, __file__, "memory", "--child", *map(str, args), str(time.time())]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
 
@@ -173,14 +173,14 @@ MEASURES = {
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("measures", nargs="*", metavar="|".join(MEASURES))
+    parser.add_argument("measures", nargs="+", choices=MEASURES)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.child:
         child(*args.child)
         return
-    for name in args.measures or MEASURES:
+    for name in args.measures:
         with tempfile.TemporaryDirectory() as folder:
             figures = MEASURES[name](Path(folder))
         rounded = {k: round(v, 2) if isinstance(v, float) else v for k, v in figures.items()}
