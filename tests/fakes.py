@@ -20,12 +20,12 @@ def tiny_network(size):
     ]  # fmt: skip
 
 
-def write_cifar10(root, test_images=20):
+def write_cifar10(root):
     """The six batches, black but for the test images."""
     folder = root / "cifar-10-batches-py"
     folder.mkdir()
     batches = {f"data_batch_{i}": np.zeros((10000, 3072), np.uint8) for i in range(1, 6)}
-    noise = np.random.RandomState(0).randint(0, 256, (test_images, 3072), dtype=np.uint8)
+    noise = np.random.RandomState(0).randint(0, 256, (10000, 3072), dtype=np.uint8)
     for name, planes in (batches | {"test_batch": noise}).items():
         batch = {b"data": planes, b"labels": [0] * len(planes)}
         (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
