@@ -160,7 +160,7 @@ def make_loader(H, images, **batching):
     Args:
         batching: batch_sampler, or batch_size for the images in their order.
     """
-    cuda = str(H.device or "cpu") != "cpu"
+    cuda = resolve_device(H.device) != "cpu"
     workers = H.num_workers
     if workers is None:
         cores = max(1, _cores() // world().local_size)

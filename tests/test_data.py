@@ -14,8 +14,11 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
+from fakes import tiny_network
 from golden import figures
 from PIL import Image
+from test_commands import run_until
+from test_processes import environment
 from torch.utils.data import DataLoader, DistributedSampler, Subset
 
 from data import (
@@ -33,9 +36,11 @@ from hps import (
     OneLineParser,
     UserError,
     add_vae_arguments,
+    get_hparams,
     parse_args_and_update_hparams,
     result_notice,
 )
+from train import evaluate
 from vae import VAE
 
 REPO = Path(__file__).resolve().parent.parent
@@ -259,6 +264,21 @@ def test_results_on_the_box_filtered_imagenet_say_so():
     assert "not comparable with the published 3.52 of" in str(result_notice("imagenet64_box"))
     for dataset in ("imagenet32", "digits", "images", None):
         assert result_notice(dataset) == {}
+
+
+def test_a_run_on_the_box_filtered_imagenet_says_so(tmp_path):
+    sparse_npy(tmp_path / "imagenet32_box-train.npy", (1281167, 32, 32, 3))
+    sparse_npy(tmp_path / "imagenet32_box-valid.npy", (50000, 32, 32, 3))
+    argv = [sys.executable, REPO / "train.py", "--hps", "imagenet32", "--device", "cpu"]
+    argv += ["--dataset", "imagenet32_box", "--save_dir", tmp_path, *tiny_network(32)]
+    lines = run_until(list(map(str, argv)), environment(), tmp_path, "type: train_loss")
+    assert "notice: box-filtered ImageNet" in lines[-1] and "not comparable" in lines[-1]
+
+    H = get_hparams("imagenet32", dataset="imagenet32_box", device="cpu", width=4)
+    H.update(enc_blocks="32d32,1x1", dec_blocks="1x1,32m1", image_size=32)
+    data = Images(noise(6, 32))
+    figures = evaluate(H, VAE(H), data, make_preprocess(H.dataset, "cpu"))
+    assert figures["n_images"] == 6 and "not comparable" in figures["notice"]
 
 
 BAD_NPY = {
