@@ -723,6 +723,7 @@ def load_images(H):
             record |= {key: known[key] for key in ("mean", "std")}
         break
     if H.logdir and mpi_rank() == 0:
+        mkdir_p(Path(H.logdir).parent)
         write_json(Path(H.logdir).with_name("images.json"), record)
     H.image_size, H.image_mean, H.image_std = size, record["mean"], record["std"]
     valid, test = (np.array(record[key], dtype=np.int64) for key in ("valid", "test"))

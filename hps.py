@@ -274,6 +274,7 @@ def _one_of(*values):
 _INF = float("inf")
 _count = _checked(int, lambda v: v >= 1, "a whole number of at least 1")
 _natural = _checked(int, lambda v: v >= 0, "a whole number of at least 0")
+_seed = _checked(int, lambda v: 0 <= v < 2**62, "a whole number from 0 to below 2^62")
 _positive = _checked(float, lambda v: 0 < v < _INF, "a positive number")
 _nonnegative = _checked(float, lambda v: 0 <= v < _INF, "a number of at least 0")
 _fraction = _checked(float, lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
@@ -283,11 +284,12 @@ _port = _checked(int, lambda v: 1 <= v <= 65535, "a port number from 1 to 65535"
 # group -> rows of (option, type, default, meaning with its unit). A type of bool is a flag.
 OPTIONS = {
     "run": [
-        ("seed", _natural, 0, "seed of the weights, the noise and the order of the images"),
+        ("seed", _seed, 0, "seed of the weights, the noise and the order of the images"),
         ("desc", str, "test", "name of the run; its files go to save_dir/desc"),
         ("save_dir", str, "./saved_models", "folder of all runs"),
         ("device", _one_of("auto", "cpu", "cuda"), "auto", "auto is CUDA where there is one"),
         ("port", _port, 29500, "rendezvous port of several processes; a free one if it is taken"),
+        ("timeout", _positive, 600.0, "seconds without a step after which a process is given up"),
         ("test_eval", bool, False, "evaluate the restored EMA weights on the test set, then end"),
     ],
     "data": [
@@ -298,6 +300,12 @@ OPTIONS = {
         ("num_workers", _natural, None, "processes that load images (none: chosen, see README)"),
     ],
     "restore": [
+        (
+            "resume",
+            bool,
+            False,
+            "go on from the run's newest set of files, or start if it has none",
+        ),
         ("restore_path", str, None, "weights: PREFIX-model.th"),
         ("restore_ema_path", str, None, "EMA weights: PREFIX-model-ema.th"),
         ("restore_log_path", str, None, "log that names the step and epoch: PREFIX-log.jsonl"),
@@ -335,6 +343,7 @@ OPTIONS = {
         ("iters_per_print", _count, 1000, "steps between log lines, which average over them"),
         ("iters_per_save", _count, 10000, "steps between saves of latest-*"),
         ("iters_per_ckpt", _count, 25000, "steps between saves of iter-N-*"),
+        ("keep_ckpts", _count, None, "newest sets of iter-N-* that are kept (none: all)"),
         ("iters_per_images", _count, 10000, "steps between pictures"),
         ("epochs_per_eval", _count, 10, "epochs between evaluations on the validation set"),
         ("epochs_per_probe", _count, None, "without effect, as in the original"),

@@ -19,19 +19,27 @@ from data import EpochBatches, make_loader, set_up_data
 from hps import UserError, result_notice
 from train_helpers import (
     accumulate_stats,
+    claim_run,
     load_opt,
     load_vaes,
-    save_model,
-    set_up_hyperparams,
+    open_run,
+    prepare_run,
+    remove_old_sets,
+    resume_run,
+    save_run,
     update_ema,
+    write_bytes,
 )
 from utils import (
+    Stopped,
     allreduce,
     get_cpu_stats_over_ranks,
+    heartbeat,
     mpi_rank,
     mpi_size,
     noise_seed,
     run_command,
+    stop,
     tile_images,
 )
 from vae_helpers import nats_to_bits
@@ -53,7 +61,7 @@ def training_step(H, data_input, target, vae, ema_vae, optimizer, iterate):
         floats: elbo, distortion, rate (batch means over all ranks), rate_nans, distortion_nans
         and skipped_updates (each 0 or 1), grad_norm, iter_time in seconds.
     """
-    start = time.time()
+    start = time.perf_counter()
     vae.zero_grad(set_to_none=True)
     stats = vae(data_input, target)
     stats["elbo"].backward()
@@ -64,8 +72,10 @@ def training_step(H, data_input, target, vae, ema_vae, optimizer, iterate):
             "rate_nans": stats["rate"].isnan(),
             "distortion_nans": stats["distortion"].isnan(),
             "grad_norm": norm,
+            "stop": float(stop.signal is not None),
         }
     )
+    stop.agreed = stats.pop("stop") > 0
     for key in ("rate_nans", "distortion_nans"):
         stats[key] = float(stats[key] > 0)  # on any rank
     limit = math.inf if H.skip_threshold == -1 else H.skip_threshold
@@ -74,7 +84,7 @@ def training_step(H, data_input, target, vae, ema_vae, optimizer, iterate):
     if apply:
         optimizer.step()
         update_ema(vae, ema_vae, H.ema_rate)
-    return {**stats, "skipped_updates": float(not apply), "iter_time": time.time() - start}
+    return {**stats, "skipped_updates": float(not apply), "iter_time": time.perf_counter() - start}
 
 
 @torch.no_grad()
@@ -94,12 +104,20 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         n_batches, n_images; elbo, distortion and rate, means over images in nats per dimension;
         filtered_elbo, over the images where it is finite; bits_per_dim; and where figures on the
         data set must not be compared with published ones, a notice that says so.
+
+    Raises:
+        Stopped: if a signal asked for it.
     """
     mine = Subset(data_valid, range(mpi_rank(), len(data_valid), mpi_size()))
     loader = make_loader(H, mine, batch_size=H.n_batch)
-    # Sums over images: count, elbo, finite elbos, how many those are, distortion, rate, batches.
-    totals = torch.zeros(7, dtype=torch.float64)
+    # Sums over images: count, elbo, finite elbos, how many those are, distortion, rate, batches;
+    # then whether the rank was asked to stop.
+    totals = torch.zeros(8, dtype=torch.float64)
     for batch in tqdm(loader, "evaluating", disable=None if mpi_rank() == 0 else True):
+        heartbeat()
+        if stop.requested():
+            totals[7] = 1
+            break
         first = int(totals[0])
         indices = mine.indices[first : first + len(batch[0])]
         generators = [
@@ -120,10 +138,13 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
                 distortion.sum(),
                 rate.sum(),
                 torch.tensor(1),
+                torch.tensor(0),
             ]
         )
     totals = allreduce(totals.to(H.device or "cpu"), average=False).tolist()
-    n_images, elbo, finite_elbo, n_finite, distortion, rate, n_batches = totals
+    n_images, elbo, finite_elbo, n_finite, distortion, rate, n_batches, stopped = totals
+    if stopped:
+        raise Stopped("stopped in an evaluation")
     return {
         "n_batches": int(n_batches),
         "n_images": int(n_images),
@@ -169,18 +190,25 @@ def write_images(H, ema_vae, viz_batch_original, viz_batch_processed, fname, log
     logprint(f"writing pictures to {fname}")
     zoom = max(1, 32 // rows[0].shape[1])
     images = np.concatenate(rows).repeat(zoom, axis=1).repeat(zoom, axis=2)
-    imageio.imwrite(fname, tile_images(images, len(rows), n, border=zoom // 2))
+    picture = tile_images(images, len(rows), n, border=zoom // 2)
+    write_bytes(fname, imageio.imwrite("<bytes>", picture, extension=".png"))
 
 
 def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint):
     """Trains to H.num_epochs, then evaluates, saves and draws.
 
     Raises:
-        UserError: if there is no full batch to train on, or H.max_skips updates in a row were
-            skipped.
+        UserError: if there is no full batch to train on, the run's folder is in use, H.max_skips
+            updates in a row were skipped, or the state can't be saved at the end.
+        Stopped: if a signal asked for it; the state is saved.
     """
     # 1. What the steps need.
     optimizer, scheduler, _, iterate, starting_epoch = load_opt(H, vae, logprint)
+    resumed = H.resumed or {}
+    position = resumed.get("position", 0)  # images of the epoch that all ranks together have used
+    first_iterate = resumed.get("first_step", iterate)
+    stats = deque(resumed.get("stats", ()), maxlen=H.iters_per_print)
+    skips = resumed.get("skips", 0)
     batches = EpochBatches(len(data_train), H.n_batch, mpi_rank(), mpi_size(), H.seed)
     loader = make_loader(H, data_train, batch_sampler=batches)
     if not len(batches):
@@ -189,32 +217,61 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
             f"images make no full batch; lower --n_batch"
         )
     viz = get_sample_for_visualization(data_valid, preprocess_fn, H.num_images_visualize, H.dataset)
-    stats, first_iterate, skips = deque(maxlen=H.iters_per_print), iterate, 0
+    claim_run(H)
+    if starting_epoch >= H.num_epochs:
+        logprint(f"nothing left to do: --num_epochs {H.num_epochs} are done, at step {iterate}")
+        return
 
-    def save(name):
-        if mpi_rank() == 0:
-            save_model(os.path.join(H.save_dir, name), vae, ema_vae, optimizer, H)
+    def save(name, last=False):
+        if mpi_rank() != 0:
+            return
+        state = {
+            "step": iterate,
+            "epoch": epoch,
+            "position": position,
+            "first_step": first_iterate,
+            "skips": skips,
+            "stats": list(stats),
+        }
+        try:
+            save_run(os.path.join(H.save_dir, name), vae, ema_vae, optimizer, H, state)
+            if H.keep_ckpts:
+                remove_old_sets(H.save_dir, H.keep_ckpts)
+        except OSError as error:
+            failure = f"{name} is not saved at step {iterate} ({error}); the older files are whole"
+            if last:
+                raise UserError(f"{failure}: make room, then go on with --resume") from None
+            logprint(f"WARNING: {failure}")
 
     def draw():
         if mpi_rank() == 0:
             torch.manual_seed(noise_seed(H.seed, PICTURES))
             fname = os.path.join(H.save_dir, f"samples-{iterate}.png")
-            write_images(H, ema_vae, *viz, fname, logprint)
+            try:
+                write_images(H, ema_vae, *viz, fname, logprint)
+            except OSError as error:
+                logprint(f"WARNING: no pictures at step {iterate} ({error})")
 
     def evaluate_and_log():
-        figures = evaluate(H, ema_vae, data_valid, preprocess_fn)
+        try:
+            figures = evaluate(H, ema_vae, data_valid, preprocess_fn)
+        except Stopped:
+            save("latest", last=True)
+            raise
         logprint(model=H.desc, type="eval_loss", epoch=epoch, step=iterate, **figures)
 
     for epoch in range(starting_epoch, H.num_epochs):
-        batches.set_epoch(epoch)
+        batches.set_epoch(epoch, position)
         for batch in loader:
             # 2. The step. Its noise is a function of (seed, rank, step).
+            heartbeat(iterate)
             torch.manual_seed(noise_seed(H.seed, TRAINING, mpi_rank(), iterate))
             data_input, target = preprocess_fn(batch)
             lr = scheduler.get_last_lr()[0]
             stats.append(training_step(H, data_input, target, vae, ema_vae, optimizer, iterate))
             scheduler.step()
             iterate += 1
+            position += H.n_batch * mpi_size()
             early = iterate - first_iterate in EARLY_STEPS
 
             # 3. A run that no longer updates says so.
@@ -227,7 +284,7 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
                     f"raise --skip_threshold."
                 )
 
-            # 4. Log, save, draw.
+            # 4. Log, draw, save: a kill after the last of these leaves nothing of the step undone.
             if early or iterate % H.iters_per_print == 0:
                 average = accumulate_stats(stats, H.iters_per_print)
                 logprint(
@@ -242,37 +299,43 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
                     images_per_second=H.n_batch * mpi_size() / average["iter_time"],
                     **result_notice(H.dataset),
                 )
-            if iterate % H.iters_per_save == 0 and math.isfinite(stats[-1]["elbo"]):
-                save("latest")
-            if iterate % H.iters_per_ckpt == 0:
-                save(f"iter-{iterate}")
             if iterate % H.iters_per_images == 0 or (early and H.dataset != "ffhq_1024"):
                 draw()
-            if skips == H.max_skips:
+            if iterate % H.iters_per_ckpt == 0:
+                save(f"iter-{iterate}")
+            if iterate % H.iters_per_save == 0 and math.isfinite(stats[-1]["elbo"]):
                 save("latest")
+            if skips == H.max_skips:
+                save("latest", last=True)
                 raise UserError(
                     f"--max_skips {H.max_skips}: as many updates in a row were skipped (last "
                     f"gradient norm {stats[-1]['grad_norm']:.4g}, --skip_threshold "
                     f"{H.skip_threshold:g}); restore an earlier checkpoint with a lower --lr, or "
                     f"raise --skip_threshold"
                 )
-        if (epoch + 1) % H.epochs_per_eval == 0 and epoch + 1 < H.num_epochs:
+            if stop.agreed:
+                save("latest", last=True)
+                raise Stopped(f"stopped at step {iterate}, saved; --resume goes on from it")
+        if (epoch + 1) % H.epochs_per_eval == 0 or epoch + 1 == H.num_epochs:
             evaluate_and_log()
+        position = 0
 
     # 5. The end of a run.
-    epoch = H.num_epochs - 1
-    evaluate_and_log()
-    save("latest")
+    epoch = H.num_epochs
     draw()
+    save("latest", last=True)
 
 
 def main():
-    H, logprint = set_up_hyperparams()
+    H, logprint = prepare_run()
+    H, data_train, data_valid_or_test, preprocess_fn = set_up_data(H)
+    resume_run(H, logprint)
     if H.test_eval and not (H.restore_ema_path or H.restore_path):
         raise UserError("--test_eval needs weights: name them with --restore_ema_path")
-    H, data_train, data_valid_or_test, preprocess_fn = set_up_data(H)
     vae, ema_vae = load_vaes(H, logprint)
+    stop.listen()
     if H.test_eval:
+        open_run(H)
         run_test_eval(H, ema_vae, data_valid_or_test, preprocess_fn, logprint)
     else:
         train_loop(H, data_train, data_valid_or_test, preprocess_fn, vae, ema_vae, logprint)

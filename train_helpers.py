@@ -2,11 +2,18 @@
 
 import contextlib
 import copy
+import fcntl
+import functools
+import hashlib
 import json
 import math
 import os
+import platform
+import re
 import shutil
+import socket
 import warnings
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,6 +25,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from data import mkdir_p
 from hps import (
     HPARAMS_REGISTRY,
+    OPTIONS,
     Hyperparams,
     OneLineParser,
     UserError,
@@ -26,12 +34,16 @@ from hps import (
     parse_args_and_update_hparams,
 )
 from utils import (
+    describe_processes,
+    from_rank_0,
+    hold_log,
     init_processes,
     local_mpi_rank,
     logger,
     maybe_download,
     mpi_rank,
     mpi_size,
+    release_log,
     resolve_device,
     world,
 )
@@ -49,6 +61,13 @@ def set_up_hyperparams(s=None):
     Raises:
         UserError: for anything wrong with the options or the launcher.
     """
+    H, logprint = prepare_run(s)
+    open_run(H)
+    return H, logprint
+
+
+def prepare_run(s=None):
+    """set_up_hyperparams without a trace on the disk, until open_run."""
     H = Hyperparams()
     parser = OneLineParser(
         prog="train.py",
@@ -57,12 +76,15 @@ def set_up_hyperparams(s=None):
     )
     parse_args_and_update_hparams(H, add_vae_arguments(parser), s=s)
     setup_mpi(H)
-    setup_save_dirs(H)
+    name_save_dirs(H)
+    hold_log()
     logprint = logger(H.logdir)
     for key in sorted(H):
         logprint(type="hparam", key=key, value=H[key])
     np.random.seed(H.seed % 2**32)
     torch.manual_seed(H.seed)  # all ranks alike: it makes the weights
+    for line in describe_processes():
+        logprint(line)
     logprint("training model", H.desc, "on", H.dataset)
     return H, logprint
 
@@ -76,7 +98,13 @@ def setup_mpi(H):
     elif H.mpi_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Each process would take every core: with two on two cores, ten times slower.
         torch.set_num_threads(max(1, torch.get_num_threads() // world().local_size))
-    init_processes(H.device.split(":")[0], H.port)
+    init_processes(H.device.split(":")[0], H.port, H.timeout)
+
+
+def name_save_dirs(H):
+    """Sets H.save_dir to the run's folder, save_dir/desc, and H.logdir to its log."""
+    H.save_dir = os.path.join(H.save_dir, H.desc)
+    H.logdir = os.path.join(H.save_dir, "log")
 
 
 def setup_save_dirs(H):
@@ -85,12 +113,77 @@ def setup_save_dirs(H):
     Raises:
         UserError: if the folder can't be made.
     """
-    H.save_dir = os.path.join(H.save_dir, H.desc)
+    name_save_dirs(H)
+    make_run_folder(H.save_dir)
+
+
+def make_run_folder(folder):
     try:
-        mkdir_p(H.save_dir)
+        mkdir_p(folder)
     except OSError as error:
-        raise UserError(f"--save_dir: {H.save_dir} can't be made ({error.strerror})") from None
-    H.logdir = os.path.join(H.save_dir, "log")
+        raise UserError(f"--save_dir: {folder} can't be made ({error.strerror})") from None
+
+
+def open_run(H):
+    """Makes the run's folder and begins to write its log; from now on the run leaves traces.
+
+    Raises:
+        UserError: if the folder can't be made or written.
+    """
+
+    def begin():
+        make_run_folder(H.save_dir)
+        try:
+            release_log()
+        except OSError as error:
+            raise UserError(
+                f"{error.filename} can't be written ({error.strerror}): choose another folder with "
+                f"--save_dir or --desc"
+            ) from None
+
+    from_rank_0(begin)
+
+
+@functools.cache
+def lock_run(folder):
+    """Keeps a second training run off a folder, to the end of this process, however it ends.
+
+    The lock is the process's own: loader workers that outlive it don't hold it.
+
+    Raises:
+        UserError: if another process has the folder.
+    """
+    make_run_folder(folder)
+    path = os.path.join(folder, "lock")
+    try:
+        file = open(path, "a+")
+    except OSError as error:
+        raise UserError(
+            f"{path} can't be written ({error.strerror}): choose another folder with --save_dir"
+        ) from None
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.seek(0)
+        raise UserError(
+            f"{folder} is in use by {file.read().strip() or 'another run'} ({error.strerror}): "
+            f"stop that run first, or name another folder with --desc"
+        ) from None
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+    file.flush()
+    return file
+
+
+def claim_run(H):
+    """open_run for training: the folder is this run's alone, and what a kill left in it mended."""
+
+    def claim():
+        lock_run(H.save_dir)
+        mend_sets(H.save_dir)
+
+    from_rank_0(claim)
+    open_run(H)
 
 
 @contextlib.contextmanager
@@ -173,7 +266,8 @@ def read_torch_file(path):
         UserError: for a file that is missing, truncated, foreign or holds other objects.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings(action="ignore"):  # of old or odd formats: it reads, or not
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: check the path of the --restore option") from None
     except IsADirectoryError:
@@ -210,7 +304,7 @@ def restore_params(model, path, local_rank, mpi_size, map_ddp=True, map_cpu=Fals
     """
     path = distributed_maybe_download(path, local_rank, mpi_size)
     state = read_torch_file(path)
-    if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())) or not state:
+    if not isinstance(state, dict) or not all(map(_is_float, state.values())) or not state:
         raise UserError(f"{path} holds no state dict of tensors: name a model.th or model-ema.th")
     if map_ddp:
         state = {str(name).removeprefix("module."): t for name, t in state.items()}
@@ -225,25 +319,44 @@ def restore_params(model, path, local_rank, mpi_size, map_ddp=True, map_cpu=Fals
             f"{wanted.get(odd[0], 'absent')} in the model): "
             + (f"use --hps {preset}" if preset else "use the options it was trained with")
         )
+    for name, t in state.items():
+        if not t.isfinite().all():
+            raise UserError(
+                f"{path} holds weights that are no numbers, or infinite ({name}): restore an "
+                f"earlier checkpoint"
+            )
     model.load_state_dict(state)
+
+
+def _is_float(value):
+    """Whether a file's entry is an ordinary tensor of floating-point numbers."""
+    return torch.is_tensor(value) and value.layout == torch.strided and value.is_floating_point()
 
 
 def restore_log(path, local_rank, mpi_size):
     """(lowest eval elbo or inf, largest step, largest epoch) in a log.jsonl.
 
+    A line that a kill cut short is passed over.
+
     Raises:
         UserError: for a file that is missing, or holds no `train_loss` line.
     """
     path = distributed_maybe_download(path, local_rank, mpi_size)
+    events = []
     try:
-        with open(path, encoding="utf-8") as file:
-            events = [json.loads(line) for line in file if line.strip()]
-        evals = [e["elbo"] for e in events if e.get("type") == "eval_loss"]
+        with open(path, "rb") as file:
+            for line in file:
+                with contextlib.suppress(ValueError, RecursionError):
+                    events.append(json.loads(line))
+        events = [e for e in events if isinstance(e, dict)]
+        evals = [float(e["elbo"]) for e in events if e.get("type") == "eval_loss"]
         trains = [e for e in events if e.get("type") == "train_loss"]
         iterate, epoch = (max(int(e[key]) for e in trains) for key in ("step", "epoch"))
+        if min(iterate, epoch) < 0:
+            raise ValueError
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}): check its path") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         raise UserError(
             f"{path} is no log.jsonl with train_loss lines, each a JSON object with step and "
             f"epoch: name a PREFIX-log.jsonl"
@@ -251,23 +364,267 @@ def restore_log(path, local_rank, mpi_size):
     return min(evals, default=math.inf), iterate, epoch
 
 
-def write_file(path, write):
-    """Writes a file through write(temporary path), so that `path` is the old file or the new."""
+# ---- sets of checkpoint files ---------------------------------------------------------------
+# What one save writes is a set: a folder sets/SERIAL-PREFIX, numbered in the order of writing,
+# which gets that name when all of it is on the disk. PREFIX-model.th and the other names of a set
+# are links through the one link sets/PREFIX, so that they all change from one set to the next in
+# the same instant. sets/*.partial is what a kill has left of a set; the next start removes it.
+
+
+SET_NAMES = ("model.th", "model-ema.th", "opt.th", "log.jsonl", "state.json")
+
+
+def fsync(path):
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_bytes(path, content):
+    """Writes a file, so that `path` is the old one or the new one, whole."""
     partial = f"{path}.partial"
-    write(partial)
-    with open(partial, "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(partial, path)
+    try:
+        Path(partial).write_bytes(content)
+        fsync(partial)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def _link(path, target):
+    """Makes path a symbolic link to target, in one step whatever was there."""
+    if os.path.islink(path) and os.readlink(path) == target:
+        return
+    partial = f"{path}.partial"
+    Path(partial).unlink(missing_ok=True)
+    try:
+        os.symlink(target, partial)
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def complete_sets(folder, prefix=".+"):
+    """The complete sets in a run's folder, newest first: [(serial, prefix, path)]."""
+    found = []
+    if os.path.isdir(os.path.join(folder, "sets")):
+        for name in os.listdir(os.path.join(folder, "sets")):
+            match = re.fullmatch(rf"(\d+)-({prefix})(?<!\.partial)", name)
+            if match and not os.path.islink(os.path.join(folder, "sets", name)):
+                found.append((int(match[1]), match[2], os.path.join(folder, "sets", name)))
+    return sorted(found, reverse=True)
+
+
+def _make_set(folder, prefix, fill):
+    """Makes a set: fill(partial folder) writes its files.
+
+    Raises:
+        OSError: if that fails; nothing of it is left.
+    """
+    sets = os.path.join(folder, "sets")
+    mkdir_p(sets)
+    serial = 1 + max((serial for serial, _, _ in complete_sets(folder)), default=0)
+    path = os.path.join(sets, f"{serial:06}-{prefix}")
+    partial = f"{path}.partial"
+    try:
+        os.mkdir(partial)
+        fill(partial)
+        for name in os.listdir(partial):
+            fsync(os.path.join(partial, name))
+        fsync(partial)
+        os.rename(partial, path)
+    except RuntimeError as error:
+        # torch.save meets a full disk with an error of its own.
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    fsync(sets)
+
+
+def _show_newest_set(folder, prefix):
+    """Makes PREFIX-* the names of the newest complete set; `latest` keeps the one before it."""
+    (_, _, newest), *older = complete_sets(folder, re.escape(prefix))
+
+    def name_files(also_plain):
+        for name in os.listdir(newest):
+            path = os.path.join(folder, f"{prefix}-{name}")
+            if also_plain or not os.path.lexists(path):
+                _link(path, os.path.join("sets", prefix, name))
+
+    name_files(also_plain=False)
+    _link(os.path.join(folder, "sets", prefix), os.path.basename(newest))  # the instant
+    name_files(also_plain=True)
+    fsync(os.path.join(folder, "sets"))
+    fsync(folder)
+    for _, _, path in older[1 if prefix == "latest" else 0 :]:
+        _remove_set(path)
+
+
+def _adopt_plain_files(folder, prefix):
+    """Makes a set of another program's files under our names, so that none of them is lost."""
+    paths = {name: os.path.join(folder, f"{prefix}-{name}") for name in SET_NAMES}
+    paths = {name: path for name, path in paths.items() if os.path.exists(path)}
+
+    def fill(partial):
+        for name, path in paths.items():
+            # An adoption that was interrupted has made links of some of them.
+            os.link(os.path.realpath(path), os.path.join(partial, name))
+
+    if not all(map(os.path.islink, paths.values())):
+        _make_set(folder, prefix, fill)
+        _show_newest_set(folder, prefix)
+
+
+def _remove_set(path):
+    os.rename(path, f"{path}.partial")  # no kill leaves half of a set that counts as complete
+    shutil.rmtree(f"{path}.partial")
+
+
+def remove_old_sets(folder, keep):
+    """Removes the sets iter-N but for the newest `keep`, and their names."""
+    for _, prefix, path in complete_sets(folder, r"iter-\d+")[keep:]:
+        _remove_set(path)
+        for name in SET_NAMES:
+            Path(folder, f"{prefix}-{name}").unlink(missing_ok=True)
+        Path(folder, "sets", prefix).unlink()
+
+
+def mend_sets(folder):
+    """Ends what a kill has interrupted: half a set goes, a complete one gets its names."""
+    folder, sets = Path(folder), Path(folder, "sets")
+    links = [path for path in [*folder.glob("*"), *sets.glob("*")] if path.is_symlink()]
+    for path in sets.glob("*.partial"):
+        path.unlink() if path.is_symlink() else shutil.rmtree(path)
+    for prefix in {prefix for _, prefix, _ in complete_sets(folder)}:
+        _adopt_plain_files(folder, prefix)
+        _show_newest_set(folder, prefix)
+    for path in links:
+        ours = path.parent == sets or path.is_symlink() and path.readlink().parts[0] == "sets"
+        if ours and not path.exists():
+            path.unlink(missing_ok=True)
+    for path in folder.glob("samples-*.partial"):
+        path.unlink()
 
 
 def save_model(path, vae, ema_vae, optimizer, H):
-    """Writes path-model.th, path-model-ema.th, path-opt.th and, from the run, path-log.jsonl."""
-    for suffix, owner in (("model", vae), ("model-ema", ema_vae), ("opt", optimizer)):
-        state = owner.state_dict()
-        write_file(f"{path}-{suffix}.th", lambda partial, state=state: torch.save(state, partial))
-    log = os.path.join(H.save_dir, "log.jsonl")
-    if os.path.exists(log):
-        write_file(f"{path}-log.jsonl", lambda partial: shutil.copyfile(log, partial))
+    """Writes path-model.th, path-model-ema.th, path-opt.th and, from the run, path-log.jsonl.
+
+    Whatever happens, the names are those of the old files or of the new ones, never a mixture.
+
+    Raises:
+        OSError: if they can't be written; the old ones are as they were.
+    """
+    save_run(path, vae, ema_vae, optimizer, H, {})
+
+
+def save_run(path, vae, ema_vae, optimizer, H, state):
+    """save_model, and path-state.json: `state`, and all else that defines how the run goes on.
+
+    The noise of a step is a function of (seed, rank, step), the order of the images one of (seed,
+    epoch): with these numbers in it, no random generator's state is worth keeping.
+    """
+    folder, prefix = os.path.split(os.path.abspath(path))
+
+    def fill(partial):
+        for name, owner in (("model.th", vae), ("model-ema.th", ema_vae), ("opt.th", optimizer)):
+            with open(os.path.join(partial, name), "wb") as file:
+                torch.save(owner.state_dict(), file)
+        log = os.path.join(H.save_dir, "log.jsonl")
+        if os.path.exists(log):
+            shutil.copyfile(log, os.path.join(partial, "log.jsonl"))
+        content = {
+            **state,
+            "hparams": {k: v for k, v in H.items() if k != "resumed"},
+            "versions": {"python": platform.python_version(), "torch": torch.__version__},
+            "sha256": {name: sha256(os.path.join(partial, name)) for name in os.listdir(partial)},
+        }
+        # It is the last file of a set.
+        Path(partial, "state.json").write_text(json.dumps(content, default=str))
+
+    _adopt_plain_files(folder, prefix)
+    _make_set(folder, prefix, fill)
+    _show_newest_set(folder, prefix)
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- resuming -------------------------------------------------------------------------------
+
+# What may differ between two starts of a run without a word.
+PLACES = {"resume", "test_eval", "save_dir", "logdir", "port", "timeout", "rank", "local_rank"} | {
+    name for name, *_ in OPTIONS["restore"]
+}
+
+
+def resume_run(H, logprint):
+    """With --resume, makes H restore the newest complete set of the run's folder, if it has one.
+
+    H.resumed is that set's state.json, else None.
+
+    Raises:
+        UserError: if the folder is in use, no set is whole, or the network is another now.
+    """
+    if not H.resume:
+        if not H.test_eval and complete_sets(H.save_dir):
+            logprint(f"{H.save_dir} has files of an earlier run; a new one starts (no --resume)")
+        return
+
+    def find():
+        if not H.test_eval and os.path.isdir(H.save_dir):
+            lock_run(H.save_dir)
+        return newest_set(H.save_dir, logprint)
+
+    found = from_rank_0(find)
+    if found is None:
+        logprint(f"nothing to resume in {H.save_dir}: a new run starts")
+        return
+    path, H.resumed = found
+    logprint(f"resuming from {path}: step {H.resumed['step']}, epoch {H.resumed['epoch']}")
+    network = {"dataset", "image_size", "image_channels"} | {n for n, *_ in OPTIONS["network"]}
+    old = H.resumed["hparams"]
+    for key in sorted((old.keys() & H.keys()) - PLACES):
+        if old[key] == H[key]:
+            continue
+        change = f"{key} is {H[key]!r} now; the run had {old[key]!r}"
+        if key in network:
+            raise UserError(f"--resume: {change}, and the network depends on it: set it back")
+        logprint(f"WARNING: {change}: it goes on, but not bit for bit as without a break")
+    H.restore_path = os.path.join(path, "model.th")
+    H.restore_ema_path = os.path.join(path, "model-ema.th")
+    H.restore_optimizer_path = os.path.join(path, "opt.th")
+    H.restore_log_path = None
+
+
+def newest_set(folder, logprint):
+    """(path, content of state.json) of the newest set that is whole; None where there is none.
+
+    Raises:
+        UserError: if there are sets, but none is whole.
+    """
+    damaged = None
+    for _, _, path in complete_sets(folder):
+        if not os.path.exists(os.path.join(path, "state.json")):
+            continue  # another program's files, see _adopt_plain_files
+        try:
+            state = json.loads(Path(path, "state.json").read_text())
+            for name, digest in state["sha256"].items():
+                if sha256(os.path.join(path, name)) != digest:
+                    raise ValueError(f"{name} is not what was written")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            damaged = f"{path} is damaged ({error})"
+            logprint(f"WARNING: {damaged}: an older set is used")
+            continue
+        if "step" in state:  # else a program's own, of save_model
+            return path, state
+    if damaged:
+        raise UserError(f"--resume: {damaged}, and no older set is whole: move it away first")
+    return None
 
 
 # ---- optimizer -----------------------------------------------------------------------------
@@ -327,15 +684,19 @@ def convert_optimizer_state(state, parameters, per_parameter_step):
             continue
         entry = state["state"][key]
         step = int(entry.get("step", step))
+        if step < 0:
+            raise ValueError(f"step {step} is below 0")
         moments = {name: entry[name].float().clone() for name in ("exp_avg", "exp_avg_sq")}
         for name, moment in moments.items():
             if moment.shape != p.shape:
                 raise ValueError(
                     f"{name} {position} is {tuple(moment.shape)}, the parameter {tuple(p.shape)}"
                 )
-        converted[position] = moments
-        if per_parameter_step:
-            moments["step"] = torch.tensor(float(step))
+            if not moment.isfinite().all():
+                raise ValueError(f"{name} {position} is not finite")
+        # In AdamW's own order, so that a resumed run writes the same file.
+        own = {"step": torch.tensor(float(step))} if per_parameter_step else {}
+        converted[position] = own | moments
     return converted, step
 
 
@@ -351,7 +712,7 @@ def restore_optimizer(optimizer, path, local_rank, mpi_size):
     apex = not isinstance(optimizer, torch.optim.AdamW)
     try:
         state, step = convert_optimizer_state(content, group["params"], not apex)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise UserError(
             f"{path} holds no optimizer state for this model ({error}): name the opt.th that was "
             f"saved with the weights"
@@ -379,6 +740,8 @@ def load_opt(H, vae, logprint):
             H.restore_log_path, H.local_rank, H.mpi_size
         )
         logprint(f"continuing from step {iterate}, epoch {starting_epoch}")
+    if H.resumed:
+        iterate, starting_epoch = H.resumed["step"], H.resumed["epoch"]
     # A skipped update is no mistake in the order of calls.
     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     # The schedule is a function of the step alone: a restored run does not warm up again.

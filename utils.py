@@ -1,16 +1,20 @@
 """Small tools that know no VAE: processes and ranks, reductions, logs, pictures, downloads."""
 
 import dataclasses
+import datetime
 import functools
 import json
 import os
 import re
+import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 import urllib.error
 import urllib.request
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +88,8 @@ def find_world(env):
 
 def _mpi_world(size):
     try:
-        from mpi4py import MPI
+        with warnings.catch_warnings(action="ignore"):  # of another MPI's variables, see below
+            from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
         raise UserError(
             f"started by mpiexec, but mpi4py does not import ({error}): "
@@ -143,38 +148,54 @@ def resolve_device(name):
     return f"cuda:{local_rank}"
 
 
-def init_processes(device_type, port):
+_store = None  # the processes' common table of keys and values, where there are several
+
+
+def init_processes(device_type, port, timeout):
     """Joins the processes of the run into torch.distributed's default group (NCCL or gloo).
 
-    Rank 0 listens on `port`, or under MPI on a free one that it then tells the others.
+    Rank 0 listens on `port`, or under MPI on a free one that it then tells the others. `timeout`,
+    in seconds, is how long a process waits for the others before it gives them up.
 
     Raises:
-        UserError: if the port is taken and there is no way to agree on another.
+        UserError: if the port is taken and there is no way to agree on another, or the launcher's
+            variables name no meeting point.
     """
+    global _store
     me = world()
     if me.size == 1 or dist.is_initialized():
         return
-    backend = "nccl" if device_type == "cuda" else "gloo"
+    backend, limit = "nccl" if device_type == "cuda" else "gloo", datetime.timedelta(0, timeout)
     if me.launcher == "torchrun":
-        dist.init_process_group(backend)
-        return
-    if me.launcher == "mpi":
-        from mpi4py import MPI
-
-        host = "127.0.0.1" if me.local_size == me.size else socket.gethostname()
-        store = _listen(host, port, me.size, retry=True) if me.rank == 0 else None
-        address = (host, store.port) if store else None
-        host, port = MPI.COMM_WORLD.bcast(address, root=0)
+        try:
+            _store, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        except (ValueError, dist.DistError) as error:
+            raise UserError(
+                f"the launcher's variables lead to no meeting point of the {me.size} processes "
+                f"({str(error).splitlines()[0]}): start through torchrun"
+            ) from None
     else:
-        # The first host of a list such as "node[001-004,7],login".
-        nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get("SLURM_JOB_NODELIST", "")
-        first = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
-        host = os.environ.get("MASTER_ADDR") or ("".join(first.groups("")) if first else "")
-        host = host or "127.0.0.1"
-        store = _listen(host, port, me.size, retry=False) if me.rank == 0 else None
-    if me.rank != 0:
-        store = dist.TCPStore(host, port, me.size, is_master=False)
-    dist.init_process_group(backend, store=store, rank=me.rank, world_size=me.size)
+        if me.launcher == "mpi":
+            from mpi4py import MPI
+
+            host = "127.0.0.1" if me.local_size == me.size else socket.gethostname()
+            store = _listen(host, port, me.size, retry=True) if me.rank == 0 else None
+            address = (host, store.port) if store else None
+            host, port = MPI.COMM_WORLD.bcast(address, root=0)
+        else:
+            # The first host of a list such as "node[001-004,7],login".
+            nodes = os.environ.get("SLURM_STEP_NODELIST") or os.environ.get(
+                "SLURM_JOB_NODELIST", ""
+            )
+            first = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
+            host = os.environ.get("MASTER_ADDR") or ("".join(first.groups("")) if first else "")
+            host = host or "127.0.0.1"
+            store = _listen(host, port, me.size, retry=False) if me.rank == 0 else None
+        if me.rank != 0:
+            store = dist.TCPStore(host, port, me.size, is_master=False, timeout=limit)
+        _store = store
+    dist.init_process_group(backend, store=_store, rank=me.rank, world_size=me.size, timeout=limit)
+    threading.Thread(target=_watch, args=(timeout,), daemon=True).start()
 
 
 def _listen(host, port, size, retry):
@@ -186,43 +207,204 @@ def _listen(host, port, size, retry):
         raise UserError(f"port {port} is taken on {host}: choose a free one with --port") from None
 
 
-def run_command(main):
-    """Runs an entry point and ends the process, and the others of its run, as the outcome says.
+def describe_processes():
+    """One line a process: its rank, number and host, by which a launcher's report is read."""
+    mine, lines = f"process {os.getpid()} on {socket.gethostname()}", [None] * mpi_size()
+    if mpi_size() == 1:
+        return []
+    dist.all_gather_object(lines, mine)
+    return [f"rank {r} is {line}" for r, line in enumerate(lines)]
 
-    Status 0: done; 2: a UserError, printed in one line; 130: interrupted; 1: any other
-    exception, with its traceback.
+
+def from_rank_0(function):
+    """What function() returns on rank 0, on all ranks; its UserError is raised on all."""
+    box = [None, None]
+    if mpi_rank() == 0:
+        try:
+            box = [function(), None]
+        except UserError as error:
+            box = [None, error]
+    if mpi_size() > 1:
+        dist.broadcast_object_list(box, src=0)
+    result, error = box
+    if error:
+        raise error
+    return result
+
+
+# ---- how a run ends ------------------------------------------------------------------------
+# A process that fails, or finds the others silent, writes "ending" into the store. Every other
+# process has a thread that looks there, answers with what it was doing, and says which ranks did
+# not: those are gone, or stopped as a whole.
+
+ANSWER_S = 5  # seconds that the others have to answer: their threads look twice a second
+
+_last_sign = None  # time of this process's last sign of progress; None before its first step
+_left = threading.Event()  # set when all has gone well and no process is missed any more
+_ending = threading.Lock()  # held by whichever thread ends the process
+
+
+def heartbeat(step=None):
+    """Tells the watch, and with a step the other processes too, that this process goes on."""
+    global _last_sign
+    _last_sign = time.monotonic()
+    if _store is not None and step is not None:
+        _store.set(f"step/{mpi_rank()}", str(step))
+
+
+def _watch(timeout):
+    """Ends this process if another is ending, or if its own last step is too long ago."""
+    while not _left.wait(0.5):
+        try:
+            ending = _store.check(["ending"])
+        except dist.DistError:
+            ending = True
+        silent = _last_sign is not None and time.monotonic() - _last_sign > timeout
+        if (ending or silent) and not _left.is_set():
+            text = f"no step for {timeout:g} s" if silent else "another process has ended"
+            _end_process(1, text, lost=True)
+
+
+def _roll_call(what):
+    """Tells the others what this process does, and asks them: lines of text on who is to blame."""
+    me, to_blame, others = world(), [], []
+
+    def wait_for(key, ranks):
+        missing, deadline = set(ranks), time.monotonic() + ANSWER_S
+        while missing and time.monotonic() < deadline:
+            missing = {r for r in missing if not _store.check([f"{key}/{r}"])}
+            time.sleep(0.1)
+        return missing
+
+    def ask():
+        _store.set(f"here/{me.rank}", what)
+        _store.set("ending", "1")
+        missing = wait_for("here", range(me.size))
+        steps = {
+            r: int(_store.get(f"step/{r}")) for r in range(me.size) if _store.check([f"step/{r}"])
+        }
+        for r in range(me.size):
+            said = "" if r in missing else _store.get(f"here/{r}").decode()
+            line = f"rank {r} {said or 'is gone or hangs'} in step {steps.get(r, 'none')}"
+            behind = steps.get(r, 0) < max(steps.values(), default=0)
+            if r in missing or said.startswith("raised ") or behind:
+                to_blame.append(line)
+            else:
+                others.append(line)
+        _store.set(f"heard/{me.rank}", "1")
+        if me.rank == 0:  # with it goes the store
+            wait_for("heard", set(range(me.size)) - missing)
+
+    def ask_and_excuse():
+        try:
+            ask()
+        except dist.DistError:
+            to_blame.append("rank 0, or the host it ran on, is gone or can't be reached")
+
+    # In a thread of its own: over a dead link an answer may never come.
+    asking = threading.Thread(target=ask_and_excuse, daemon=True)
+    asking.start()
+    asking.join(2 * ANSWER_S + 2)
+    return to_blame or others or ["rank 0, or the host it ran on, can't be reached"]
+
+
+def _place():
+    """Where the main thread is, in words."""
+    frame = sys._current_frames()[threading.main_thread().ident]
+    place = traceback.extract_stack(frame)[-1]
+    return f"stood in {place.name} ({os.path.basename(place.filename)}:{place.lineno})"
+
+
+def _end_process(status, text, lost=False):
+    """Prints why and ends the process, and under MPI the others, whatever other threads do.
+
+    lost: the reason is another process, and text what this one noticed.
     """
-    try:
-        main()
-        if dist.is_initialized():
-            dist.destroy_process_group()
-            if world().launcher == "mpi":
-                from mpi4py import MPI
-
-                MPI.Finalize()
-            _exit(0)
-        return
-    except UserError as error:
-        status, text = 2, f"error: {error}"
-    except KeyboardInterrupt:
-        status, text = 130, "interrupted"
-    except Exception:
-        status, text = 1, traceback.format_exc().rstrip()
+    if not _ending.acquire(blocking=False):
+        time.sleep(60)  # the thread that holds it ends the process
     try:
         me = world()
     except UserError:  # the very thing to report: the launcher's variables make no sense
         me = World()
-    if me.rank:
-        # Where all ranks fail alike, rank 0 speaks and ends the run while the others wait.
-        time.sleep(1)
-    if me.size > 1:
-        text = "\n".join(f"rank {me.rank}: {line}" for line in text.splitlines())
-    print(text, file=sys.stderr, flush=True)
+
+    def speak(text):
+        if me.size > 1:
+            text = "\n".join(f"rank {me.rank}: {line}" for line in text.splitlines())
+        print(text, file=sys.stderr, flush=True)
+
+    if lost:
+        speak("\n".join([f"error: {text}", *_roll_call(_place())]))
+    elif status == 1:
+        speak(text)
+        if _store is not None:
+            _roll_call(f"raised {text.splitlines()[-1]}")
+    else:
+        if _store is not None:
+            _roll_call(f"raised {text}")
+        if me.rank:
+            # Where all ranks fail alike, rank 0 speaks and ends the run while the others wait.
+            time.sleep(1)
+        speak(text)
     if me.launcher == "mpi":
         from mpi4py import MPI
 
         MPI.COMM_WORLD.Abort(status)
     _exit(status)
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop, and all its processes have: `status` is 128 + its number."""
+
+    def __init__(self, message):
+        super().__init__(f"{message} ({signal.Signals(stop.signal or signal.SIGTERM).name})")
+        self.status = 128 + (stop.signal or signal.SIGTERM)
+
+
+class _StopRequest:
+    """SIGTERM and SIGINT as a request to stop after the step, on all ranks alike.
+
+    `signal` is the one that this process got, None without; `agreed` says that all ranks know of
+    one, and in the same step.
+    """
+
+    signal = None
+    agreed = False
+
+    def listen(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._note)
+
+    def _note(self, number, _):
+        if self.signal is None:
+            self.signal, self.since = number, time.monotonic()
+        # A launcher passes on what the terminal or scheduler has sent to all of its group: a
+        # signal that comes with the first one is the same.
+        elif time.monotonic() - self.since > 2:
+            os._exit(128 + number)
+
+    def requested(self):
+        """Whether this process or another got a signal; between steps, as in an evaluation."""
+        if self.signal and _store is not None:
+            _store.set("stop", "1")
+        return bool(self.signal) or (_store is not None and _store.check(["stop"]))
+
+
+stop = _StopRequest()
+
+
+def _leave(status):
+    """Takes leave of the other processes, all having come to the end, and ends this one."""
+    _left.set()
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        if world().launcher == "mpi":
+            from mpi4py import MPI
+
+            MPI.Finalize()
+        _exit(status)
+    if status:
+        sys.exit(status)
 
 
 def _exit(status):
@@ -233,6 +415,31 @@ def _exit(status):
     """
     sys.stdout.flush()
     os._exit(status)
+
+
+def run_command(main):
+    """Runs an entry point and ends the process, and the others of its run, as the outcome says.
+
+    Status 0: done; 2: a UserError, printed in one line; 143 or 130: stopped by SIGTERM or SIGINT;
+    1: another process is lost, or any other exception, with its traceback.
+    """
+    try:
+        try:
+            main()
+            status = 0
+        except Stopped as error:
+            status = error.status
+            if mpi_rank() == 0:
+                print(error, file=sys.stderr, flush=True)
+        _leave(status)
+    except UserError as error:
+        _end_process(2, f"error: {error}")
+    except KeyboardInterrupt:
+        _end_process(130, "interrupted")
+    except Exception as error:
+        if _store is not None and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            _end_process(1, "lost contact with another process", lost=True)
+        _end_process(1, traceback.format_exc().rstrip())
 
 
 # ---- reductions ----------------------------------------------------------------------------
@@ -273,12 +480,45 @@ def _plain(value):
     return value
 
 
+_held = None  # (path, line) of a run that has not begun to write, see hold_log
+
+
+def hold_log():
+    """Keeps the lines of all logs back, so that a run refused at the door leaves none."""
+    global _held
+    _held = []
+
+
+def release_log():
+    """Writes what was held back, and from now on each line at once.
+
+    Raises:
+        OSError: if it can't be written.
+    """
+    global _held
+    lines, _held = _held or [], None
+    for path, line in lines:
+        _append(path, line)
+
+
+def _append(path, line):
+    """Appends a line to a text file whose last one a kill or a full disk may have cut short."""
+    if _held is not None:
+        _held.append((path, line))
+        return
+    with open(path, "ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else f"\n{line}"
+        file.write(f"{line}\n".encode())
+
+
 def logger(log_prefix):
     """A function log(*args, pprint=False, **kwargs) that prints, and appends to two files.
 
     One event is one line: key-value pairs, `time` first, args joined as `message`, of
     log_prefix.txt and one JSON object of log_prefix.jsonl (pprint: keys in alphabetical order).
-    Ranks other than 0 say nothing.
+    Ranks other than 0 say nothing. A line that can't be written is reported on stderr.
     """
 
     def log(*args, pprint=False, **kwargs):
@@ -294,9 +534,15 @@ def logger(log_prefix):
             f"{k}: {v:.5g}" if isinstance(v, float) else f"{k}: {v}" for k, v in event.items()
         )
         print(text, flush=True)
-        for path, line in ((f"{log_prefix}.txt", text), (f"{log_prefix}.jsonl", json.dumps(event))):
-            with open(path, "a") as file:
-                file.write(line + "\n")
+        for path, line in ((f"{log_prefix}.jsonl", json.dumps(event)), (f"{log_prefix}.txt", text)):
+            try:
+                _append(path, line)
+            except OSError as error:
+                print(
+                    f"WARNING: {path} lacks this line ({error.strerror})",
+                    file=sys.stderr,
+                    flush=True,
+                )
 
     return log
 

@@ -146,6 +146,8 @@ def discretized_mix_logistic_loss(x, l, low_bit=False):
         (N,), nats per dimension.
     """
     half_bin, log_half_levels = (1 / 31, math.log(15.5)) if low_bit else (1 / 255, math.log(127.5))
+    # Beyond this the sums below would overflow, and inf - inf is no number.
+    l = l.clamp(-1e25, 1e25)
     logits, means, log_scales, coefficients = _mixture_parameters(l, l.shape[-1] // 10)
     x = x.unsqueeze(-1)  # (N, H, W, 3, 1)
     red, green = x[..., 0, :], x[..., 1, :]  # (N, H, W, 1)

@@ -1,0 +1,78 @@
+"""train.py with a fault on one rank: `faulty_train.py KIND RANK STEP ARGUMENTS OF TRAIN.PY...`.
+
+Every rank writes the hash of its weights, EMA and optimizer after each step into $HASHES, if set.
+"""
+
+import hashlib
+import itertools
+import math
+import os
+import signal
+import sys
+import time
+
+import torch
+
+
+class Fault:
+    """Wraps train.training_step: on `rank`, the step of number `step` meets the fault `kind`."""
+
+    def __init__(self, kind, rank, step):
+        self.kind, self.rank, self.step = kind, int(rank), int(step)
+
+    def __call__(self):
+        import train
+
+        original, calls = train.training_step, itertools.count(1)
+
+        def wrapped(H, x, target, vae, ema_vae, optimizer, iterate):
+            hooks = []
+            if next(calls) == self.step and train.mpi_rank() == self.rank:
+                hooks = self.strike(x, target, vae)
+            stats = original(H, x, target, vae, ema_vae, optimizer, iterate)
+            for hook in hooks:
+                hook.remove()
+            if "HASHES" in os.environ:
+                self.write_hash(vae, ema_vae, optimizer, train.mpi_rank())
+            return stats
+
+        train.training_step = wrapped
+
+    def strike(self, x, target, vae):
+        if self.kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "stop":  # hangs with all its threads, as on a dead host
+            os.kill(os.getpid(), signal.SIGSTOP)
+        if self.kind == "hang":  # hangs in this thread
+            time.sleep(1000)
+        if self.kind == "raise":
+            raise ValueError("a fault of this rank alone")
+        if self.kind == "sigterm":
+            os.kill(os.getpid(), signal.SIGTERM)
+        if self.kind == "nan_input":
+            x[0, 0, 0, 0] = math.nan
+        if self.kind == "inf_input":
+            x[0, 0, 0, 0] = math.inf
+        if self.kind == "inf_target":
+            target[0, 0, 0, 0] = math.inf
+        if self.kind.endswith("_gradient"):
+            value = math.inf if self.kind == "inf_gradient" else math.nan
+            return [vae.module.decoder.gain.register_hook(lambda g: g * value)]
+        return []
+
+    def write_hash(self, vae, ema_vae, optimizer, rank):
+        tensors = [*vae.module.state_dict().values(), *ema_vae.state_dict().values()]
+        tensors += [t for s in optimizer.state_dict()["state"].values() for t in s.values()]
+        assert all(t.isfinite().all() for t in tensors)
+        digest = hashlib.sha256(b"".join(t.contiguous().numpy().tobytes() for t in tensors))
+        with open(os.path.join(os.environ["HASHES"], str(rank)), "a") as file:
+            file.write(digest.hexdigest() + "\n")
+
+
+if __name__ == "__main__":
+    import train
+
+    torch.set_num_threads(1)
+    Fault(*sys.argv[1:4])()
+    sys.argv[1:4] = []
+    train.run_command(train.main)

@@ -1,0 +1,132 @@
+"""Small training runs in processes of their own, and what they leave on the disk."""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+# A network of a few milliseconds a step; 13 steps an epoch.
+SMALL = (
+    "--hps digits --device cpu --width 8 --zdim 2 --num_mixtures 2 --enc_blocks 8x1,8d8,1x1 "
+    "--dec_blocks 1x1,8m1 --n_batch 100 --warmup_iters 20 --num_epochs 3 --epochs_per_eval 1 "
+    "--iters_per_print 5 --iters_per_images 1000 --num_images_visualize 1 "
+    "--num_variables_visualize 1 --num_temperatures_visualize 1"
+).split()
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["runs", "train", "sklearn.model_selection", "sklearn.datasets"])
+
+
+def _run(argv, output, errors, wrap, environ, cwd):
+    """In the new process: train.py's main with argv, after `wrap`, what it prints in a file."""
+    import train
+
+    for path, descriptor in ((output, 1), (errors, 2)):
+        if path:
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
+        else:
+            os.dup2(1, 2)
+    sys.stdin = open(os.devnull)
+    os.environ.update(environ)
+    os.chdir(cwd or ROOT)
+    sys.argv = ["train.py", *map(str, argv)]
+    if wrap:
+        wrap()
+    train.run_command(train.main)
+
+
+class Run:
+    """A training run in a process forked from one that has done all imports: a tenth of a second.
+
+    wrap, a function of a module, is called in the process before main. What goes to stderr is in
+    the file `errors`, if one is named.
+    """
+
+    def __init__(self, argv, output, wrap=None, environ=(), cwd=None, errors=None):
+        self.output = Path(output)
+        self.process = _server.Process(
+            target=_run,
+            args=(list(argv), str(output), errors, wrap, dict(environ), cwd),
+            daemon=True,
+        )
+        with contextlib.ExitStack() as stack:
+            old = os.environ.get("OMP_NUM_THREADS")
+            os.environ["OMP_NUM_THREADS"] = "1"  # the fork server starts with the first process
+            if old is None:
+                stack.callback(os.environ.pop, "OMP_NUM_THREADS")
+            self.process.start()
+
+    def wait(self, timeout=120):
+        """(exit status, what it printed); a process killed by signal n has status -n."""
+        self.process.join(timeout)
+        assert self.process.exitcode is not None, self.output.read_text()[-2000:]
+        return self.process.exitcode, self.output.read_text()
+
+    def kill(self):
+        self.process.kill()
+        self.process.join()
+
+
+def command(argv, launcher=(), **options):
+    """A `python train.py` process, under a launcher if one is given."""
+    python = [] if launcher and "torchrun" in str(launcher[0]) else [sys.executable]
+    return subprocess.Popen(
+        [*map(str, launcher), *python, "train.py", *map(str, argv)],
+        **{
+            "cwd": ROOT,
+            "env": ENV,
+            "text": True,
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.STDOUT,
+            "start_new_session": True,
+        }
+        | options,
+    )
+
+
+def events(folder):
+    """The log's lines as dicts; one that a kill cut short is passed over."""
+    found = []
+    for line in Path(folder, "log.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return found
+
+
+def figures(folder):
+    """{(type, step): the line without times}; a line that stands twice must say the same."""
+    found = {}
+    for event in events(folder):
+        if event.get("type") in ("train_loss", "eval_loss"):
+            for key in ("time", "iter_time", "images_per_second"):
+                event.pop(key, None)
+            key, text = (event["type"], event["step"]), json.dumps(event)
+            assert found.setdefault(key, text) == text
+    return found
+
+
+def hashes(folder, prefix="latest"):
+    """The sha256 of a set's files, each read under its public name."""
+    return {
+        name: hashlib.sha256(Path(folder, f"{prefix}-{name}").read_bytes()).hexdigest()
+        for name in ("model.th", "model-ema.th", "opt.th")
+    }
+
+
+def check_latest(folder):
+    """The step of the set under the `latest` names, which is whole, or None where there is none."""
+    names = [p for p in Path(folder).glob("latest-*") if p.exists()]
+    if not names:
+        return None
+    state = json.loads(Path(folder, "latest-state.json").read_text())
+    for name, digest in hashes(folder).items():
+        assert state["sha256"][name] == digest, f"{name} is of another set"
+    return state["step"]

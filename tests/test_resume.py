@@ -1,0 +1,221 @@
+"""A run that is stopped, killed and taken up again is the run that never was, bit for bit."""
+
+import itertools
+import json
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from runs import BIN, SMALL, Run, check_latest, command, events, figures, hashes
+
+RUN = [*SMALL, "--iters_per_save", "4", "--iters_per_ckpt", "10", "--resume"]
+STEPS = 39
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run without a break."""
+    folder = tmp_path_factory.mktemp("whole")
+    run = Run([*RUN, "--save_dir", folder], folder / "out")
+    assert run.wait()[0] == 0
+    return folder / "test"
+
+
+def assert_same(folder, whole):
+    assert hashes(folder) == hashes(whole)
+    assert figures(folder) == figures(whole)
+    for n in (10, 20, 30):
+        assert hashes(folder, f"iter-{n}") == hashes(whole, f"iter-{n}")
+
+
+def test_what_a_set_holds(whole):
+    state = json.loads((whole / "latest-state.json").read_text())
+    assert (state["step"], state["epoch"], state["position"]) == (STEPS, 3, 0)
+    assert state["hparams"]["width"] == 8 and state["versions"]["torch"] == torch.__version__
+    assert json.loads((whole / "iter-20-state.json").read_text())["position"] == 700
+    for name in ("model", "model-ema", "opt"):
+        torch.load(whole / f"latest-{name}.th", weights_only=True)
+    assert len(list((whole / "sets").glob("*-latest"))) == 2  # and an older one behind it
+    assert not [p for p in whole.rglob("*") if "partial" in p.name]
+
+
+@pytest.mark.parametrize(
+    "number, wrapped",
+    [(signal.SIGTERM, "stop_at_18"), (signal.SIGINT, "stop_in_the_evaluation")],
+)
+def test_a_signal_saves_and_ends(wrapped, number, whole, tmp_path):
+    wrap = {"stop_at_18": Signal(number, "step", 18),
+            "stop_in_the_evaluation": Signal(number, "eval", 2)}[wrapped]  # fmt: skip
+    status, text = Run([*RUN, "--save_dir", tmp_path], tmp_path / "out", wrap).wait()
+    assert status == 128 + number and text.splitlines()[-1].startswith("stopped")
+    assert number.name in text and "Traceback" not in text
+    assert check_latest(tmp_path / "test") == (18 if wrapped == "stop_at_18" else 13)
+    status, text = Run([*RUN, "--save_dir", tmp_path], tmp_path / "out").wait()
+    assert status == 0 and "resuming from" in text
+    assert_same(tmp_path / "test", whole)
+
+
+class Signal:
+    """Sends this process a signal in its n-th training step or batch of an evaluation."""
+
+    def __init__(self, number, where, n):
+        self.number, self.where, self.n = number, where, n
+
+    def __call__(self):
+        import train
+
+        name = "training_step" if self.where == "step" else "heartbeat"
+        original, calls = getattr(train, name), itertools.count(1)
+
+        def wrapped(*args):
+            evaluating = not args
+            if (name == "training_step" or evaluating) and next(calls) == self.n:
+                os.kill(os.getpid(), self.number)
+            return original(*args)
+
+        setattr(train, name, wrapped)
+
+
+def _kill_and_resume(folder, whole, kills, rng, longest):
+    """One run to its end with SIGKILL at random moments; the number of kills."""
+    done = 0
+    while True:
+        run = Run([*RUN, "--iters_per_save", "1", "--save_dir", folder], folder / "out")
+        # The first steps come after some tenths of a second; kills before them count as well.
+        run.process.join(rng.uniform(0, longest) if done < kills else 120)
+        if run.process.exitcode is not None:
+            assert run.wait()[0] == 0, run.output.read_text()
+            assert_same(folder / "test", whole)
+            return done
+        run.kill()
+        done += 1
+        check_latest(folder / "test")
+
+
+@pytest.mark.parametrize("kills", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_sigkill_at_random_moments(kills, whole, tmp_path):
+    rng, done, runs = random.Random(kills), 0, 0
+    start = time.monotonic()
+    while done < kills:
+        runs += 1
+        folder = tmp_path / str(runs)
+        folder.mkdir()
+        done += _kill_and_resume(folder, whole, kills - done, rng, longest=1.5)
+    print(f"{done} kills in {runs} runs, {time.monotonic() - start:.0f} s")
+
+
+def test_sigkill_of_the_command(whole, tmp_path):
+    """The plain `python train.py`, killed when its log has reached a step, twice."""
+    folder = tmp_path / "test"
+    for step in (8, 20):
+        process = command([*RUN, "--save_dir", tmp_path])
+        for line in process.stdout:
+            if f"step: {step}," in line:
+                break
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        check_latest(folder)
+    process = command([*RUN, "--save_dir", tmp_path])
+    assert process.communicate()[0] and process.returncode == 0
+    assert_same(folder, whole)
+
+
+def test_resume_after_skipped_steps(tmp_path):
+    """The streak of skips, the window of figures and the early log lines go on too."""
+    options = [*RUN, "--skip_threshold", "0.45", "--skip_streak", "6", "--iters_per_print", "30"]
+    for folder, wrap in (("whole", None), ("broken", Signal(signal.SIGTERM, "step", 19))):
+        status, text = Run([*options, "--save_dir", tmp_path / folder], tmp_path / "o", wrap).wait()
+        assert status == (143 if wrap else 0), text
+    status, text = Run([*options, "--save_dir", tmp_path / "broken"], tmp_path / "o").wait()
+    assert status == 0, text
+    assert_same(tmp_path / "broken" / "test", tmp_path / "whole" / "test")
+    skipped = [
+        json.loads(t)["skipped_updates"] for t in figures(tmp_path / "whole" / "test").values()
+        if "skipped_updates" in t
+    ]  # fmt: skip
+    assert 0 < max(skipped) < 30
+
+
+@pytest.mark.parametrize("size", [2])
+def test_resume_with_two_processes_and_then_one(size, tmp_path):
+    """mpiexec: the same bits after SIGTERM and --resume; then one process goes on, and says so."""
+    mpi = [BIN / "mpiexec", "-n", size]
+    options = [*RUN, "--n_batch", "50", "--num_epochs", "2"]
+    for folder in ("whole", "broken"):
+        process = command([*options, "--save_dir", tmp_path / folder], mpi)
+        if folder == "broken":
+            for line in process.stdout:
+                if "step: 16," in line:
+                    os.killpg(process.pid, signal.SIGTERM)
+                    break
+        text, _ = process.communicate(timeout=120)
+        assert folder == "broken" or process.returncode == 0, text
+    stopped_at = check_latest(tmp_path / "broken" / "test")
+    assert 16 <= stopped_at < 26, text
+    process = command([*options, "--save_dir", tmp_path / "broken"], mpi)
+    text, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and f"step {stopped_at}" in text, text
+    assert hashes(tmp_path / "broken" / "test") == hashes(tmp_path / "whole" / "test")
+    assert figures(tmp_path / "broken" / "test") == figures(tmp_path / "whole" / "test")
+    more = [*options, "--save_dir", tmp_path / "broken", "--num_epochs", "3"]
+    status, text = Run(more, tmp_path / "o").wait()
+    assert status == 0
+    assert "WARNING: mpi_size is 1 now; the run had 2" in text and "not bit for bit" in text
+
+
+def test_changed_options_are_named_and_those_of_the_network_refused(whole, tmp_path):
+    os.system(f"cp -r {whole} {tmp_path}/test")
+    before = (tmp_path / "test" / "log.jsonl").read_bytes()
+    resume = [*RUN, "--save_dir", tmp_path]
+    for option, value in (("--width", "16"), ("--dec_blocks", "1x2,8m1"), ("--zdim", "3")):
+        status, text = Run([*resume, option, value], tmp_path / "o").wait()
+        last = text.splitlines()[-1]
+        assert status == 2 and option[2:] in last and value in last and "set it back" in last
+    assert (tmp_path / "test" / "log.jsonl").read_bytes() == before
+    status, text = Run([*resume, "--lr", "0.1", "--num_epochs", "4"], tmp_path / "o").wait()
+    assert status == 0 and "WARNING: lr is 0.1 now; the run had 0.002" in text
+    assert [e["step"] for e in events(tmp_path / "test") if e.get("type") == "eval_loss"][-1] == 52
+
+
+def test_a_damaged_set_is_passed_over_with_its_reason(whole, tmp_path):
+    os.system(f"cp -r {whole} {tmp_path}/test")
+    folder = tmp_path / "test"
+    sets = sorted((folder / "sets").glob("0*"))
+    with open(folder / "latest-opt.th", "r+b") as file:
+        file.truncate(1000)
+    (sets[-2] / "state.json").write_text("{")
+    status, text = Run([*RUN, "--save_dir", tmp_path], tmp_path / "o").wait()
+    assert status == 0 and f"{sets[-1]} is damaged (opt.th is not what was written)" in text
+    assert f"{sets[-2]} is damaged" in text and f"resuming from {sets[-3]}" in text
+    assert_same(folder, whole)
+    for path in (folder / "sets").glob("0*/model.th"):
+        path.write_bytes(b"")
+    status, text = Run([*RUN, "--save_dir", tmp_path], tmp_path / "o").wait()
+    assert status == 2 and "no older set is whole" in text.splitlines()[-1]
+
+
+def test_restore_options_and_resume_together(whole, tmp_path):
+    """A first start restores what the options name; later ones go on from the run's own files."""
+    start = [*RUN, "--save_dir", tmp_path, "--num_epochs", "4"]
+    for option, name in (("", "model.th"), ("_ema", "model-ema.th"), ("_optimizer", "opt.th"),
+                         ("_log", "log.jsonl")):  # fmt: skip
+        start += [f"--restore{option}_path", whole / f"iter-20-{name}"]
+    status, text = Run(start, tmp_path / "o").wait()
+    assert status == 0 and "continuing from step 20, epoch 1" in text
+    first = next(e for e in events(tmp_path / "test") if e.get("type") == "train_loss")
+    assert first["step"] == 21 and first["lr"] == 2e-3  # no second warm-up
+    status, text = Run(start, tmp_path / "o").wait()
+    assert status == 0 and "nothing left to do" in text and "continuing" not in text
+
+
+def test_keep_ckpts(tmp_path):
+    options = [*RUN, "--iters_per_ckpt", "5", "--keep_ckpts", "2", "--save_dir", tmp_path]
+    assert Run(options, tmp_path / "o").wait()[0] == 0
+    kept = sorted(p.name for p in (tmp_path / "test").glob("iter-*-model.th"))
+    assert kept == ["iter-30-model.th", "iter-35-model.th"]
+    assert not [p for p in Path(tmp_path).rglob("*") if not p.exists()]  # no name without a file
