@@ -148,7 +148,7 @@ def test_what_is_not_finite_on_one_rank_reaches_no_weight_on_any(size, kind, tmp
 
 @pytest.mark.parametrize(
     "launcher, size, kind",
-    [("mpiexec", 3, "kill"), ("torchrun", 2, "raise"),
+    [("mpiexec", 3, "kill"), pytest.param("torchrun", 2, "raise", marks=pytest.mark.slow),
      pytest.param("mpiexec", 2, "stop", marks=pytest.mark.slow),
      pytest.param("torchrun", 3, "kill", marks=pytest.mark.slow),
      pytest.param("mpiexec", 2, "raise", marks=pytest.mark.slow)],
