@@ -52,9 +52,17 @@ def write_ffhq1024(folder):
 
 
 def write_data(preset, root):
-    """The data set of a published preset, where its loader looks below `root`."""
+    """The data set of a preset, where its loader looks below `root`, or in root/photos."""
     if preset == "cifar10":
         write_cifar10(root)
+    elif preset == "images64":
+        (root / "photos").mkdir()
+        noise = np.random.RandomState(0).randint(0, 256, (40, 70, 80, 3), dtype=np.uint8)
+        for i, photo in enumerate(noise):
+            imageio.imwrite(root / "photos" / f"{i}.jpg", photo)
+    elif preset == "imagenet32_box":
+        write_sparse_npy(root / f"{preset}-train.npy", (1_281_167, 32, 32, 3))
+        write_sparse_npy(root / f"{preset}-valid.npy", (50_000, 32, 32, 3))
     elif preset in ("imagenet32", "imagenet64"):
         size = int(preset[-2:])
         write_sparse_npy(root / f"{preset}-train.npy", (1_281_149, size, size, 3))

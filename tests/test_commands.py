@@ -15,7 +15,7 @@ import test_setup_scripts
 from fakes import tiny_network, write_data, write_released
 from test_processes import BIN, REPO, environment, free_port
 
-from hps import HPARAMS_REGISTRY, IMAGE_SETS
+from hps import get_hparams
 
 README = (REPO / "README.md").read_text()
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
@@ -24,18 +24,17 @@ COMMANDS = [
 ]
 
 
-def commands(start):
-    return [command for command in COMMANDS if command.startswith(start)]
-
-
 TRAINING = [c for c in COMMANDS if "train.py --hps" in c and "--test_eval" not in c]
 RESTORING = [c for c in COMMANDS if "--test_eval" in c]
+
+
+BENCHMARKS = [c for c in COMMANDS if c.startswith("python benchmarks/")]
 
 
 def test_every_command_has_a_test():
     elsewhere = {"make demo", "make test"}  # below, and what runs this file
     scripts = {f"./{name}" for name in test_setup_scripts.SCRIPTS}
-    for command in set(COMMANDS) - set(TRAINING) - set(RESTORING) - elsewhere:
+    for command in set(COMMANDS) - {*TRAINING, *RESTORING, *BENCHMARKS} - elsewhere:
         assert command.split()[0] in scripts, f"{command!r} is not tested"
 
 
@@ -59,7 +58,10 @@ def tiny(command, data_of, tmp_path):
     """(argv, environment, cwd): the command for two processes at most and a tiny network."""
     words = shlex.split(command)
     preset = words[words.index("--hps") + 1]
-    words += tiny_network(IMAGE_SETS[HPARAMS_REGISTRY[preset].dataset].image_size)
+    cwd = data_of(words[words.index("--dataset") + 1] if "--dataset" in words else preset)
+    if "--data_root" in words:
+        words += ["--data_root", str(cwd / "photos")]
+    words += tiny_network(get_hparams(preset).image_size)
     words += ["--save_dir", str(tmp_path), "--n_batch=1"]
     env = environment()
     if words[0] == "mpiexec":
@@ -71,7 +73,7 @@ def tiny(command, data_of, tmp_path):
         env |= {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
     words = [sys.executable if word == "python" else word for word in words]
     words = [str(REPO / word) if word == "train.py" else word for word in words]
-    return words, env, data_of(preset)
+    return words, env, cwd
 
 
 def run_until(argv, env, cwd, text):
@@ -108,8 +110,8 @@ def test_training(command, data_of, tmp_path):
 def test_restoring(command, data_of, tmp_path):
     argv, env, cwd = tiny(command, data_of, tmp_path)
     for i, word in enumerate(argv):
-        if "-iter-" in word:
-            argv[i] = str(tmp_path / word)
+        if word.endswith((".th", ".jsonl")):
+            argv[i] = str(tmp_path / Path(word).name)
     preset = argv[argv.index("--hps") + 1]
     prefix = next(w.removesuffix("-model-ema.th") for w in argv if w.endswith("-model-ema.th"))
     write_released(prefix, preset)
@@ -121,8 +123,19 @@ def test_restoring(command, data_of, tmp_path):
         assert "bits_per_dim: " in done.stdout and done.stderr == ""  # no progress bar in a pipe
     else:
         lines = run_until(argv, env, cwd, "evaluating on the test set")
-        for what in ["EMA weights"] if preset == "cifar10" else ["weights", "EMA weights"]:
+        both = "--restore_path" in command
+        for what in ["weights", "EMA weights"] if both else ["EMA weights"]:
             assert any(f"restoring {what} from {prefix}" in line for line in lines)
+
+
+def test_benchmark_of_loading():
+    """One of its measures; it prints the figures of the README's table as JSON."""
+    argv = [sys.executable, REPO / "benchmarks" / "loading.py", "folder"]
+    done = subprocess.run(argv, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads(done.stdout.splitlines()[-1])
+    assert figures["second_start_s"] < figures["first_start_s"]
+    assert figures["images"] == 2000
 
 
 def test_make_demo(tmp_path):
