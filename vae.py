@@ -22,6 +22,9 @@ from vae_helpers import (
     HModule,
     draw_gaussian_diag_samples,
     gaussian_analytical_kl,
+    gelu,
+    gelu_conv,
+    gelu_convs,
     get_1x1,
     get_3x3,
 )
@@ -166,6 +169,16 @@ def pad_channels(t, width):
     return F.pad(t, (0, 0, 0, 0, 0, missing)) if missing else t
 
 
+def channels_last(t):
+    """t (N, C, R, R), its channels side by side in memory: as convolutions here expect it."""
+    return t.contiguous(memory_format=torch.channels_last)
+
+
+def add_to_stream(x, h):
+    """x + h in x's dtype, written over h where it can be: h, a convolution's output, is new."""
+    return h.to(x.dtype).add_(x)
+
+
 class Block(nn.Module):
     """Four convolutions, each preceded by GELU: 1x1, 3x3, 3x3, 1x1, through a bottleneck."""
 
@@ -189,15 +202,19 @@ class Block(nn.Module):
         self.c4 = get_1x1(middle_width, out_width, zero_weights=zero_last)
 
     def forward(self, x):
-        h = self.c1(F.gelu(x))  # (N, middle, R, R)
-        h = self.c2(F.gelu(h))
-        h = self.c3(F.gelu(h))
-        h = self.c4(F.gelu(h))  # (N, out, R, R)
+        x = channels_last(x)
+        h = self.bottleneck(gelu_conv(x, self.c1))  # (N, middle, R, R)
+        h = gelu_conv(h, self.c4)  # (N, out, R, R)
         if self.residual:
-            h = x + h
+            h = add_to_stream(x, h)
         if self.down_rate is not None:
             h = F.avg_pool2d(h, self.down_rate)  # (N, out, R / down_rate, R / down_rate)
         return h
+
+
+    def bottleneck(self, h):
+        """c1's output → c4's input, both (N, middle, R, R) before their GELU."""
+        return gelu_conv(gelu_conv(h, self.c2), self.c3)
 
 
 def _middle_width(H, width):
@@ -234,7 +251,7 @@ class Encoder(HModule):
             _scale_by_depth(block.c4, len(layers))
 
     def forward(self, x):
-        x = self.in_conv(x.permute(0, 3, 1, 2).contiguous())  # (N, H.width, R, R)
+        x = self.in_conv(x.permute(0, 3, 1, 2))  # (N, H.width, R, R)
         activations = {x.shape[2]: x}
         for block in self.enc_blocks:
             x = block(x)
@@ -244,6 +261,11 @@ class Encoder(HModule):
 
 
 # ---- decoder -------------------------------------------------------------------------------
+
+
+def _plain(t):
+    """A channels-last output as noise and likelihood need it: float32 or wider, NCHW in memory."""
+    return t.to(torch.promote_types(t.dtype, torch.float32)).contiguous()
 
 
 class DecBlock(nn.Module):
@@ -269,11 +291,8 @@ class DecBlock(nn.Module):
         """z (N, Z, R, R) → its share of the state (N, C, R, R)."""
         return self.z_proj(z)
 
-    def _take(self, xs, n):
-        """The state here, (N, C, R, R), then the prior's pm and pv, then the state it passes on.
-
-        n is the batch size, to which constants in xs, with a batch of 1, are broadcast.
-        """
+    def _state(self, xs, n):
+        """The state here, (N, C, R, R); constants in xs, with a batch of 1, are broadcast to n."""
         x = xs.get(self.base)
         if x is None:
             x = next(iter(xs.values())).new_zeros(1, self.widths[self.base], self.base, self.base)
@@ -281,24 +300,39 @@ class DecBlock(nn.Module):
         if self.mixin is not None:
             mixed = xs[self.mixin][:, : x.shape[1]]  # (N, C, S, S)
             x = x + F.interpolate(mixed, scale_factor=self.base // self.mixin)
-        pm, pv, residual = self.prior(x).split([self.zdim, self.zdim, x.shape[1]], dim=1)
-        return x, pm, pv, x + residual
+        return channels_last(x)
+
+    def _prior(self, x, h):
+        """From the state and prior.c1's output: pm, pv and the state with the prior's residual."""
+        h, n_latent = self.prior.bottleneck(h), 2 * self.zdim
+        w, b = self.prior.c4.weight, self.prior.c4.bias
+        p, residual = gelu_convs(h, w[:n_latent], b[:n_latent], w[n_latent:], b[n_latent:])
+        pm, pv = _plain(p).chunk(2, dim=1)  # each (N, Z, R, R)
+        return pm, pv, add_to_stream(x, residual)
 
     def _give(self, xs, x, z):
         """Merges z into x and makes that the state at this resolution."""
-        x = x + self.z_fn(z)
+        x = add_to_stream(x, self.z_fn(channels_last(z)))
         xs[self.base] = self.resnet(x)
         return xs
 
-    def forward(self, xs, activations, get_latents=False, generators=None):
+    def forward(self, xs, activations, get_latents=False, generators=None, activated=None):
         """The posterior pass: (xs, {kl}), with get_latents (xs, {z, kl}), each (N, Z, R, R).
 
         xs, whose tensors may have a batch of 1, gets a new tensor at this resolution; none is
-        written in place. kl is in nats; z is detached. `generators` as in fill_noise.
+        written in place. kl is in nats; z is detached. `generators` as in fill_noise;
+        `activated` is gelu(activations[base]), where the caller has it.
         """
         acts = activations[self.base]  # (N, C, R, R)
-        x, pm, pv, merged = self._take(xs, acts.shape[0])
-        qm, qv = self.enc(torch.cat([x, acts], dim=1)).chunk(2, dim=1)  # each (N, Z, R, R)
+        x = self._state(xs, acts.shape[0])  # (N, C, R, R)
+        # The posterior's c1 of concat[x, acts] is the sum of its halves: that of x shares the
+        # GELU with the prior's c1, that of acts with all blocks of this resolution.
+        w_x, w_acts = self.enc.c1.weight.split([x.shape[1], acts.shape[1]], dim=1)
+        p, q = gelu_convs(x, self.prior.c1.weight, self.prior.c1.bias, w_x, self.enc.c1.bias)
+        q = q + F.conv2d(gelu(channels_last(acts)) if activated is None else activated, w_acts)
+        pm, pv, merged = self._prior(x, p)
+        q = gelu_conv(self.enc.bottleneck(q), self.enc.c4)  # (N, 2 Z, R, R)
+        qm, qv = _plain(q).chunk(2, dim=1)  # each (N, Z, R, R)
         z = draw_gaussian_diag_samples(qm, qv, generators)  # (N, Z, R, R)
         kl = gaussian_analytical_kl(qm, pm, qv, pv)  # (N, Z, R, R)
         xs = self._give(xs, merged, z)
@@ -309,7 +343,8 @@ class DecBlock(nn.Module):
 
         A temperature multiplies the prior's standard deviation.
         """
-        _, pm, pv, merged = self._take(xs, max(x.shape[0] for x in xs.values()))
+        x = self._state(xs, max(x.shape[0] for x in xs.values()))  # (N, C, R, R)
+        pm, pv, merged = self._prior(x, gelu_conv(x, self.prior.c1))
         if lvs is None:
             if t is not None:
                 pv = pv + (math.log(t) if t else -math.inf)
@@ -352,9 +387,11 @@ class Decoder(HModule):
     def forward(self, activations, get_latents=False, generators=None):
         """The posterior pass: (px_z, one dict a block: {kl} or, with get_latents, {z, kl})."""
         xs = self._start(next(iter(activations.values())).shape[0])
-        stats = []
+        stats, activated = [], {r: gelu(channels_last(activations[r])) for r in self.resolutions}
         for block in self.dec_blocks:
-            xs, block_stats = block(xs, activations, get_latents, generators)
+            xs, block_stats = block(
+                xs, activations, get_latents, generators, activated=activated[block.base]
+            )
             stats.append(block_stats)
         return self.final_fn(xs[self.H.image_size]), stats
 

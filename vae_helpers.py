@@ -42,10 +42,28 @@ def _uniform(t, generator=None):
 # ---- Gaussians -----------------------------------------------------------------------------
 
 
+class _GaussianKL(torch.autograd.Function):
+    """The KL of two Gaussians, which keeps its four inputs for the backward pass, not ten terms."""
+
+    @staticmethod
+    def forward(ctx, mu1, mu2, logsigma1, logsigma2):
+        ctx.save_for_backward(mu1, mu2, logsigma1, logsigma2)
+        variances = 0.5 * (logsigma1.exp() ** 2 + (mu1 - mu2) ** 2) / logsigma2.exp() ** 2
+        return -0.5 + logsigma2 - logsigma1 + variances
+
+    @staticmethod
+    def backward(ctx, grad):
+        mu1, mu2, logsigma1, logsigma2 = ctx.saved_tensors
+        variance1, variance2, difference = logsigma1.exp() ** 2, logsigma2.exp() ** 2, mu1 - mu2
+        grad_mu1 = grad * difference / variance2
+        grad_logsigma1 = grad * (variance1 / variance2 - 1)
+        grad_logsigma2 = grad * (1 - (variance1 + difference**2) / variance2)
+        return grad_mu1, -grad_mu1, grad_logsigma1, grad_logsigma2
+
+
 def gaussian_analytical_kl(mu1, mu2, logsigma1, logsigma2):
     """Elementwise KL(N(mu1, e^logsigma1) || N(mu2, e^logsigma2)) in nats: posterior 1, prior 2."""
-    variances = 0.5 * (logsigma1.exp() ** 2 + (mu1 - mu2) ** 2) / logsigma2.exp() ** 2
-    return -0.5 + logsigma2 - logsigma1 + variances
+    return _GaussianKL.apply(mu1, mu2, logsigma1, logsigma2)
 
 
 def draw_gaussian_diag_samples(mu, logsigma, generators=None):
@@ -88,6 +106,66 @@ def get_3x3(in_dim, out_dim, zero_bias=True, zero_weights=False, groups=1, scale
 def get_1x1(in_dim, out_dim, zero_bias=True, zero_weights=False, groups=1, scaled=False):
     """get_conv of kernel 1."""
     return get_conv(in_dim, out_dim, 1, 1, 0, zero_bias, zero_weights, groups, scaled)
+
+
+def compute_dtype(x):
+    """What convolutions of x compute in: autocast's dtype where it is on, else x's own."""
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def gelu(x):
+    """Exact GELU of a channels-last x (N, C, R, R), in the dtype that convolutions compute in."""
+    x = x.to(compute_dtype(x))
+    # On the CPU the contiguous view takes half the time of the strided one.
+    return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class _GeluConvs(torch.autograd.Function):
+    """Convolutions of gelu(x), which keep x for the backward pass and compute gelu(x) anew."""
+
+    @staticmethod
+    def forward(ctx, x, padding, *weights_and_biases):
+        dtype = compute_dtype(x)
+        x = x.to(dtype)
+        ctx.padding = padding
+        ctx.save_for_backward(x, *weights_and_biases[::2])
+        a = gelu(x)
+        w = [t.to(dtype) for t in weights_and_biases]
+        return tuple(F.conv2d(a, *wb, padding=padding) for wb in zip(w[::2], w[1::2], strict=True))
+
+    @staticmethod
+    def backward(ctx, *grads):
+        x, *weights = ctx.saved_tensors
+        a, grad_a, grad_weights = gelu(x), None, []
+        x_needed, _, *weights_needed = ctx.needs_input_grad
+        for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+            grad_input, *grad_weight = torch.ops.aten.convolution_backward(
+                grad.to(x.dtype), a, weight.to(x.dtype), [len(weight)], [1, 1],
+                [ctx.padding] * 2, [1, 1], False, [0, 0], 1,
+                [x_needed, *weights_needed[2 * i : 2 * i + 2]],
+            )  # fmt: skip
+            grad_a = grad_input if grad_a is None else grad_a + grad_input
+            grad_weights += grad_weight
+        if x_needed:
+            grad_a, x = grad_a.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)  # (N, R, R, C)
+            grad_a = torch.ops.aten.gelu_backward(grad_a, x).permute(0, 3, 1, 2)
+        return grad_a, None, *grad_weights
+
+
+def gelu_convs(x, *weights_and_biases):
+    """One output per pair of weight and bias: their convolutions of gelu(x), same resolution.
+
+    x (N, C, R, R) is channels-last, as are the outputs. The kernels are 1x1 or 3x3, all alike.
+    """
+    return _GeluConvs.apply(x, weights_and_biases[0].shape[2] // 2, *weights_and_biases)
+
+
+def gelu_conv(x, conv):
+    """conv(gelu(x)) as in gelu_convs, for a conv of get_3x3 or get_1x1."""
+    return gelu_convs(x, conv.weight, conv.bias)[0]
 
 
 class HModule(nn.Module):
