@@ -123,6 +123,16 @@ def gelu(x):
     return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
+def _folded(t, padding):
+    """t (N, C, R, R) as images of 16 x 16 where a 1x1 convolution is to see it.
+
+    It is none the wiser, and on the CPU the gradient of its weights takes two thirds of the time.
+    """
+    if padding or t.shape[2] * t.shape[3] % 256:
+        return t
+    return t.permute(0, 2, 3, 1).reshape(-1, 16, 16, t.shape[1]).permute(0, 3, 1, 2)
+
+
 class _GeluConvs(torch.autograd.Function):
     """Convolutions of gelu(x), which keep x for the backward pass and compute gelu(x) anew."""
 
@@ -139,18 +149,19 @@ class _GeluConvs(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         x, *weights = ctx.saved_tensors
-        a, grad_a, grad_weights = gelu(x), None, []
+        a, grad_a, grad_weights = _folded(gelu(x), ctx.padding), None, []
         x_needed, _, *weights_needed = ctx.needs_input_grad
         for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
             grad_input, *grad_weight = torch.ops.aten.convolution_backward(
-                grad.to(x.dtype), a, weight.to(x.dtype), [len(weight)], [1, 1],
+                _folded(grad.to(x.dtype), ctx.padding), a, weight.to(x.dtype), [len(weight)], [1, 1],
                 [ctx.padding] * 2, [1, 1], False, [0, 0], 1,
                 [x_needed, *weights_needed[2 * i : 2 * i + 2]],
             )  # fmt: skip
             grad_a = grad_input if grad_a is None else grad_a + grad_input
             grad_weights += grad_weight
         if x_needed:
-            grad_a, x = grad_a.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)  # (N, R, R, C)
+            x = x.permute(0, 2, 3, 1)  # (N, R, R, C), as in gelu
+            grad_a = grad_a.permute(0, 2, 3, 1).reshape(x.shape)
             grad_a = torch.ops.aten.gelu_backward(grad_a, x).permute(0, 3, 1, 2)
         return grad_a, None, *grad_weights
 

@@ -1,0 +1,289 @@
+"""Time, memory and arithmetic of the network against its plain rendition (reference.py).
+
+    python benchmarks/bench.py --presets cifar10 --batches 8 --precision bf16 --json out.json
+
+Both are measured in the same process and in turns, so that their ratio holds on a machine whose
+speed wanders. `train` is forward and backward, `update` clipping, AdamW and EMA, `likelihood`
+the mixture's loss and its gradient.
+"""
+
+import ctypes
+import gc
+import json
+import re
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from reference import PlainVAE, plain_mixture_loss
+
+from hps import HPARAMS_REGISTRY, IMAGE_SETS, OneLineParser, UserError, get_hparams, target_bits
+from train_helpers import make_optimizer, precision, update_ema
+from utils import resolve_device, run_command
+from vae import VAE
+from vae_helpers import discretized_mix_logistic_loss
+
+TASKS = ("train", "evaluate", "sample", "update", "likelihood")
+
+
+class _CountCalls(TorchDispatchMode):
+    """Counts the operators that reach a device's kernels."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def saved_bytes(module, forward):
+    """Bytes that forward() keeps for the backward pass, each storage once, weights not counted."""
+    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
+    kept = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes(), t  # holding t keeps its address its own
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        forward()
+    return sum(nbytes for nbytes, _ in kept.values())
+
+
+def peak_bytes(device, call):
+    """Most memory of the process during call(), above what it held before."""
+    gc.collect()
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+
+    def status(key):
+        text = Path("/proc/self/status").read_text()
+        return int(re.search(rf"{key}:\s*(\d+) kB", text)[1]) * 1024
+
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = status("VmRSS")
+    call()
+    return status("VmHWM") - before
+
+
+def seconds(device, call):
+    start = time.perf_counter()
+    call()
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def matrix_peak(device, kind):
+    """FLOP/s of the faster of a 2048 x 2048 matrix product and a 1x1 convolution of 512 channels.
+
+    Which of the two a machine's libraries do better differs: both are matrix products.
+    """
+    dtype = torch.bfloat16 if kind == "bf16" else torch.float32
+    a = torch.randn(2048, 2048, device=device, dtype=dtype)
+    image = a.new_ones(8, 512, 32, 32).contiguous(memory_format=torch.channels_last)
+    weight = a[:512, :512, None, None].contiguous()
+    calls = {
+        2 * 2048**3: lambda: a @ a,
+        2 * 8 * 32 * 32 * 512 * 512: lambda: torch.nn.functional.conv2d(image, weight),
+    }
+    with torch.no_grad(), precision(kind, device):
+        return max(n / min(seconds(device, call) for _ in range(8)) for n, call in calls.items())
+
+
+def tasks_of(H, model, x, target, plain):
+    """The calls to measure of one rendition: {task: (call, forward or None)}.
+
+    forward is what keeps tensors for a backward pass.
+    """
+    own_vae = model.vae if plain else model
+    kind = "fp32" if plain else H.precision
+
+    def forward():
+        with precision(kind, H.device):
+            return model(x, target)["elbo"]
+
+    def train():
+        model.zero_grad(set_to_none=True)
+        forward().backward()
+
+    def evaluate():
+        with torch.no_grad():
+            forward()
+
+    def sample():
+        with torch.no_grad(), precision(kind, H.device):
+            model.forward_uncond_samples(len(x))
+
+    ema = VAE(H).to(H.device).requires_grad_(False)
+    if plain:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=H.lr, foreach=False)
+    else:
+        optimizer = make_optimizer(own_vae.parameters(), H, use_apex=False)[0]
+
+    def update():
+        torch.nn.utils.clip_grad_norm_(own_vae.parameters(), H.grad_clip, foreach=not plain)
+        optimizer.step()
+        if plain:
+            with torch.no_grad():
+                for e, p in zip(ema.parameters(), own_vae.parameters(), strict=True):
+                    e.lerp_(p, 1 - H.ema_rate)
+        else:
+            update_ema(own_vae, ema, H.ema_rate)
+
+    l = torch.randn(*x.shape[:3], 10 * H.num_mixtures, device=x.device, requires_grad=True)
+    mixture_loss = plain_mixture_loss if plain else discretized_mix_logistic_loss
+
+    def loss():
+        return mixture_loss(target, l, target_bits(H.dataset) == 5).sum()
+
+    def likelihood():
+        l.grad = None
+        loss().backward()
+
+    return {
+        "train": (train, forward),
+        "evaluate": (evaluate, None),
+        "sample": (sample, None),
+        "update": (update, None),
+        "likelihood": (likelihood, loss),
+    }
+
+
+def measure(args, preset, batch):
+    """One row a task: both renditions' figures, and the ratios of their medians."""
+    H = get_hparams(preset)
+    H.update(
+        image_size=IMAGE_SETS[H.dataset].image_size,
+        image_channels=3,
+        device=args.device,
+        precision=args.precision,
+    )
+    torch.manual_seed(0)
+    own = VAE(H).to(args.device)
+    if args.checkpoint_activations:
+        own.checkpoint_activations()
+    if args.compile:
+        own.compile_blocks()
+    plain = PlainVAE(own).to(args.device)
+    shape = batch, H.image_size, H.image_size, 3
+    x = torch.randn(shape, device=args.device)
+    target = torch.randint(0, 256, shape, device=args.device) / 127.5 - 1
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        plain(x, target)
+    forward_flop = counter.get_total_flops()
+    flop = {"train": 3 * forward_flop, "evaluate": forward_flop}
+    renditions = {
+        "plain": tasks_of(H, plain, x, target, plain=True),
+        "own": tasks_of(H, own, x, target, plain=False),
+    }
+    peaks = {kind: matrix_peak(args.device, kind) for kind in {"fp32", args.precision}}
+    rows = []
+    for task in args.tasks:
+        row = {"preset": preset, "batch": batch, "task": task}
+        times = {name: [] for name in renditions}
+        for name, calls in renditions.items():
+            call, forward = calls[task]
+            if task == "update":
+                calls["train"][0]()  # it needs gradients
+            call()
+            with _CountCalls() as counter:
+                call()
+            row[name] = {
+                "calls": counter.calls,
+                "peak_mb_per_image": peak_bytes(args.device, call) / batch / 1e6,
+            }
+            if forward:
+                module = plain if name == "plain" else own
+                row[name]["saved_mb_per_image"] = saved_bytes(module, forward) / batch / 1e6
+        for _ in range(args.rounds):
+            for name, calls in renditions.items():
+                times[name].append(seconds(args.device, calls[task][0]))
+        for name in renditions:
+            median = statistics.median(times[name])
+            row[name] |= {"seconds": median, "all_seconds": times[name]}
+            row[name]["images_per_second"] = batch / median
+            if task in flop:
+                kind = "fp32" if name == "plain" else args.precision
+                row[name]["tflops"] = flop[task] / median / 1e12
+                row[name]["peak_share"] = flop[task] / median / peaks[kind]
+        own_row, plain_row = row["own"], row["plain"]
+        row["speedup"] = plain_row["seconds"] / own_row["seconds"]
+        for key in ("saved_mb_per_image", "peak_mb_per_image"):
+            if plain_row.get(key):
+                row[f"{key.split('_')[0]}_ratio"] = own_row[key] / plain_row[key]
+        rows.append(row)
+        print_row(row)
+    return rows, peaks
+
+
+def print_row(row):
+    def cell(key, digits):
+        pair = (row[name].get(key) for name in ("plain", "own"))
+        return " → ".join("-" if v is None else f"{v:,.{digits}f}" for v in pair)
+
+    print(
+        f"{row['preset']:10} {row['batch']:5} {row['task']:10} {row['speedup']:7.2f}x "
+        f"{cell('images_per_second', 2):>17} {cell('tflops', 3):>15} {cell('peak_share', 2):>11} "
+        f"{cell('saved_mb_per_image', 1):>15} {cell('peak_mb_per_image', 1):>15} "
+        f"{cell('calls', 0):>14}",
+        flush=True,
+    )
+
+
+def main(s=None):
+    parser = OneLineParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--presets", default="cifar10", help="one or several with commas")
+    parser.add_argument("--batches", default="8", help="images a call, one or several with commas")
+    parser.add_argument("--tasks", default=",".join(TASKS), help="some of the default, with commas")
+    parser.add_argument("--precision", default="fp32", help="fp32, tf32 or bf16, of our own only")
+    parser.add_argument("--checkpoint_activations", action="store_true", help="as in train.py")
+    parser.add_argument("--compile", action="store_true", help="as in train.py")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of which to take the median")
+    parser.add_argument("--json", default=None, help="file for the figures")
+    args = parser.parse_args(s)
+    args.tasks = args.tasks.split(",")
+    for option, values, known in (
+        ("presets", args.presets.split(","), HPARAMS_REGISTRY),
+        ("tasks", args.tasks, TASKS),
+        ("precision", [args.precision], ("fp32", "tf32", "bf16")),
+    ):
+        for value in values:
+            if value not in known:
+                raise UserError(f"--{option}: got {value!r}; it must be one of {', '.join(known)}")
+    args.device = resolve_device(args.device)
+    print(
+        f"plain → own; {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
+        f"own in {args.precision}\n{'preset':10} {'batch':>5} {'task':10} {'speed':>8} "
+        f"{'images/s':>17} {'TFLOP/s':>15} {'of peak':>11} {'saved MB/image':>15} "
+        f"{'peak MB/image':>15} {'op calls':>14}",
+        flush=True,
+    )
+    report = {"torch": torch.__version__, "threads": torch.get_num_threads(), **vars(args)}
+    report["rows"] = []
+    for preset in args.presets.split(","):
+        for batch in map(int, args.batches.split(",")):
+            rows, peaks = measure(args, preset, batch)
+            report["rows"] += rows
+            report["matrix_peak_tflops"] = {k: v / 1e12 for k, v in peaks.items()}
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1))
+    return report
+
+
+if __name__ == "__main__":
+    run_command(main)
