@@ -15,6 +15,7 @@ import re
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from hps import UserError
 from vae_helpers import (
@@ -154,6 +155,33 @@ def check_blocks(H):
         raise UserError(f"enc_blocks {H.enc_blocks!r} end at {size}, which no decoder block reads")
 
 
+# ---- activation checkpointing --------------------------------------------------------------
+
+# Blocks whose activations are computed anew together. More of them keep fewer inputs, and hold
+# more at once in the backward pass.
+SEGMENT = 3
+
+
+def segments(layers):
+    """Slices of up to SEGMENT consecutive blocks whose entries in parse_layer_string's are alike.
+
+    So only a segment's last block can be the last at its resolution.
+    """
+    slices, start = [], 0
+    for _, alike in itertools.groupby(layers):
+        stop = start + len(list(alike))
+        slices += [slice(i, min(i + SEGMENT, stop)) for i in range(start, stop, SEGMENT)]
+        start = stop
+    return slices
+
+
+def checkpointed(on, function, *tensors):
+    """function(*tensors); if `on`, keeping for the backward pass no more than the tensors."""
+    if not (on and torch.is_grad_enabled()):
+        return function(*tensors)
+    return checkpoint(function, *tensors, use_reentrant=False)
+
+
 # ---- encoder -------------------------------------------------------------------------------
 
 
@@ -249,12 +277,14 @@ class Encoder(HModule):
             self.enc_blocks.append(block)
         for block in self.enc_blocks:
             _scale_by_depth(block.c4, len(layers))
+        self.segments, self.checkpointing = segments(layers), False
 
     def forward(self, x):
         x = self.in_conv(x.permute(0, 3, 1, 2))  # (N, H.width, R, R)
         activations = {x.shape[2]: x}
-        for block in self.enc_blocks:
-            x = block(x)
+        for segment in self.segments:
+            blocks = nn.Sequential(*self.enc_blocks[segment])
+            x = checkpointed(self.checkpointing, blocks, x)
             x = pad_channels(x, self.widths[x.shape[2]])  # (N, C, R, R) of the new R
             activations[x.shape[2]] = x
         return activations
@@ -368,6 +398,7 @@ class Decoder(HModule):
             for r in self.resolutions
             if r <= H.no_bias_above
         )
+        self.segments, self.checkpointing = segments(layers), False
         self.out_net = DmolNet(H)
         self.gain = nn.Parameter(torch.ones(1, H.width, 1, 1))
         self.bias = nn.Parameter(torch.zeros(1, H.width, 1, 1))
@@ -388,11 +419,21 @@ class Decoder(HModule):
         """The posterior pass: (px_z, one dict a block: {kl} or, with get_latents, {z, kl})."""
         xs = self._start(next(iter(activations.values())).shape[0])
         stats, activated = [], {r: gelu(channels_last(activations[r])) for r in self.resolutions}
-        for block in self.dec_blocks:
-            xs, block_stats = block(
-                xs, activations, get_latents, generators, activated=activated[block.base]
-            )
-            stats.append(block_stats)
+        for segment in self.segments:
+            blocks = self.dec_blocks[segment]
+            acts = activations[blocks[0].base], activated[blocks[0].base]  # each (N, C, R, R)
+
+            def run(acts, activated, *states, blocks=blocks, resolutions=tuple(xs)):
+                xs, stats = dict(zip(resolutions, states, strict=True)), []
+                for block in blocks:
+                    xs, block_stats = block(
+                        xs, {block.base: acts}, get_latents, generators, activated
+                    )
+                    stats.append(block_stats)
+                return xs, stats
+
+            xs, segment_stats = checkpointed(self.checkpointing, run, *acts, *xs.values())
+            stats += segment_stats
         return self.final_fn(xs[self.H.image_size]), stats
 
     def forward_uncond(self, n, t=None, y=None, generators=None):
@@ -446,6 +487,13 @@ class VAE(HModule):
         check_blocks(self.H)
         self.encoder = Encoder(self.H)
         self.decoder = Decoder(self.H)
+
+    def checkpoint_activations(self):
+        """From now on keeps blocks' inputs alone for the backward pass and computes the rest anew.
+
+        A third more time for a fraction of the memory; noise is replayed, gradients are the same.
+        """
+        self.encoder.checkpointing = self.decoder.checkpointing = True
 
     def distortion_and_rate(self, x, x_target, generators=None):
         """The two terms of the negative ELBO per image, each (N,), in nats per dimension.

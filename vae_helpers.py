@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from hps import target_bits
@@ -116,6 +117,17 @@ def compute_dtype(x):
     return x.dtype
 
 
+def forward_precision(kind, device):
+    """The context of a forward pass in --precision: bf16 for convolutions, TF32 if asked alone.
+
+    The backward pass takes place outside it.
+    """
+    fp32 = "tf32" if kind == "tf32" else "ieee"
+    torch.backends.cudnn.conv.fp32_precision = fp32
+    torch.backends.cuda.matmul.fp32_precision = fp32
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=kind == "bf16")
+
+
 def gelu(x):
     """Exact GELU of a channels-last x (N, C, R, R), in the dtype that convolutions compute in."""
     x = x.to(compute_dtype(x))
@@ -219,35 +231,22 @@ def _mixture_parameters(l, nr_mix):
     return logits, means, const_max(log_scales, -7.0), coefficients.tanh()
 
 
-def discretized_mix_logistic_loss(x, l, low_bit=False):
-    """Negative log-likelihood of images under the mixture.
-
-    At 5 bits the targets sit at 8k/127.5 - 1 while the bins assume 2k/31 - 1, so the
-    probabilities of the 32 levels do not sum to 1 (1.028 per sub-pixel for narrow components,
-    below 1 for wide ones). The published 0.4232 nats of FFHQ-256 depends on it.
-
-    Args:
-        x: targets (N, H, W, 3) in [-1, 1].
-        l: mixture parameters (N, H, W, 10K).
-        low_bit: bins of 5 bits instead of 8.
-
-    Returns:
-        (N,), nats per dimension.
-    """
+def _pixel_log_likelihood(x, l, low_bit):
+    """Log-likelihood (P,) of pixels x (P, 3) under their mixtures l (P, 10K), in nats."""
     half_bin, log_half_levels = (1 / 31, math.log(15.5)) if low_bit else (1 / 255, math.log(127.5))
     # Beyond this the sums below would overflow, and inf - inf is no number.
     l = l.clamp(-1e25, 1e25)
     logits, means, log_scales, coefficients = _mixture_parameters(l, l.shape[-1] // 10)
-    x = x.unsqueeze(-1)  # (N, H, W, 3, 1)
-    red, green = x[..., 0, :], x[..., 1, :]  # (N, H, W, 1)
+    x = x.unsqueeze(-1)  # (P, 3, 1)
+    red, green = x[:, 0], x[:, 1]  # (P, 1)
     means = torch.stack(
         (
-            means[..., 0, :],
-            means[..., 1, :] + coefficients[..., 0, :] * red,
-            means[..., 2, :] + coefficients[..., 1, :] * red + coefficients[..., 2, :] * green,
+            means[:, 0],
+            means[:, 1] + coefficients[:, 0] * red,
+            means[:, 2] + coefficients[:, 1] * red + coefficients[:, 2] * green,
         ),
-        dim=-2,
-    )  # (N, H, W, 3, K)
+        dim=1,
+    )  # (P, 3, K)
     inv_scale = torch.exp(-log_scales)
     upper = inv_scale * (x - means + half_bin)
     lower = inv_scale * (x - means - half_bin)
@@ -264,8 +263,64 @@ def discretized_mix_logistic_loss(x, l, low_bit=False):
         upper - F.softplus(upper),  # level 0 takes all mass below it
         torch.where(x > 0.999, -F.softplus(lower), log_mass),  # level 255 all above
     )
-    log_probs = log_probs.sum(dim=-2) + log_prob_from_logits(logits)  # (N, H, W, K)
-    log_likelihood = log_probs.logsumexp(dim=-1).sum(dim=(1, 2))  # (N,)
+    log_probs = log_probs.sum(dim=1) + log_prob_from_logits(logits)  # (P, K)
+    return log_probs.logsumexp(dim=-1)
+
+
+class _PixelLogLikelihood(torch.autograd.Function):
+    """_pixel_log_likelihood and its gradient in one pass, a part of the pixels at a time.
+
+    Some thirty tensors of 3K a pixel are then alive for that part only.
+    """
+
+    @staticmethod
+    def forward(ctx, x, l, low_bit):
+        inputs = x, l
+        ctx.needed = [i for i in (0, 1) if ctx.needs_input_grad[i]]
+        grads, values = [torch.empty_like(inputs[i]) for i in ctx.needed], []
+        size = -(-len(x) // PARTS)
+        for start in range(0, len(x), size):
+            rows = slice(start, start + size)
+            part = [t[rows].detach() for t in inputs]
+            with torch.set_grad_enabled(bool(ctx.needed)):
+                wanted = [part[i].requires_grad_() for i in ctx.needed]
+                value = _pixel_log_likelihood(*part, low_bit)  # (size,)
+                if wanted:
+                    found = torch.autograd.grad(value.sum(), wanted)
+                    for grad, part_grad in zip(grads, found, strict=True):
+                        grad[rows] = part_grad
+            values.append(value.detach())
+        ctx.save_for_backward(*grads)
+        return torch.cat(values)  # (P,)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        grads = dict(zip(ctx.needed, ctx.saved_tensors, strict=True))
+        return *(grad[:, None] * grads[i] if i in grads else None for i in (0, 1)), None
+
+
+# Parts in which the mixture's loss is computed: its temporary memory is then below 3 times its inputs.
+PARTS = 20
+
+
+def discretized_mix_logistic_loss(x, l, low_bit=False):
+    """Negative log-likelihood of images under the mixture.
+
+    At 5 bits the targets sit at 8k/127.5 - 1 while the bins assume 2k/31 - 1, so the
+    probabilities of the 32 levels do not sum to 1 (1.028 per sub-pixel for narrow components,
+    below 1 for wide ones). The published 0.4232 nats of FFHQ-256 depends on it.
+
+    Args:
+        x: targets (N, H, W, 3) in [-1, 1].
+        l: mixture parameters (N, H, W, 10K).
+        low_bit: bins of 5 bits instead of 8.
+
+    Returns:
+        (N,), nats per dimension.
+    """
+    pixels = x.reshape(-1, 3), l.reshape(-1, l.shape[-1])  # (N H W, 3) and (N H W, 10K)
+    log_likelihood = _PixelLogLikelihood.apply(*pixels, low_bit).view(len(x), -1).sum(dim=1)
     return -log_likelihood / x[0].numel()
 
 
@@ -301,7 +356,8 @@ class DmolNet(nn.Module):
 
     def forward(self, px_z):
         """px_z (N, C, R, R) → mixture parameters (N, R, R, 10K)."""
-        return self.out_conv(px_z).permute(0, 2, 3, 1)
+        with torch.autocast(px_z.device.type, enabled=False):  # the likelihood is float32
+            return self.out_conv(px_z).permute(0, 2, 3, 1)
 
     def nll(self, px_z, x):
         """Distortion (N,) of targets x (N, R, R, 3) in [-1, 1], nats per dimension."""

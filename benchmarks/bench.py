@@ -25,10 +25,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from reference import PlainVAE, plain_mixture_loss
 
 from hps import HPARAMS_REGISTRY, IMAGE_SETS, OneLineParser, UserError, get_hparams, target_bits
-from train_helpers import make_optimizer, precision, update_ema
+from train_helpers import make_optimizer, update_ema
 from utils import resolve_device, run_command
 from vae import VAE
-from vae_helpers import discretized_mix_logistic_loss
+from vae_helpers import discretized_mix_logistic_loss, forward_precision
 
 TASKS = ("train", "evaluate", "sample", "update", "likelihood")
 
@@ -100,7 +100,7 @@ def matrix_peak(device, kind):
         2 * 2048**3: lambda: a @ a,
         2 * 8 * 32 * 32 * 512 * 512: lambda: torch.nn.functional.conv2d(image, weight),
     }
-    with torch.no_grad(), precision(kind, device):
+    with torch.no_grad(), forward_precision(kind, device):
         return max(n / min(seconds(device, call) for _ in range(8)) for n, call in calls.items())
 
 
@@ -113,7 +113,7 @@ def tasks_of(H, model, x, target, plain):
     kind = "fp32" if plain else H.precision
 
     def forward():
-        with precision(kind, H.device):
+        with forward_precision(kind, H.device):
             return model(x, target)["elbo"]
 
     def train():
@@ -125,7 +125,7 @@ def tasks_of(H, model, x, target, plain):
             forward()
 
     def sample():
-        with torch.no_grad(), precision(kind, H.device):
+        with torch.no_grad(), forward_precision(kind, H.device):
             model.forward_uncond_samples(len(x))
 
     ema = VAE(H).to(H.device).requires_grad_(False)
