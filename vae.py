@@ -239,7 +239,6 @@ class Block(nn.Module):
             h = F.avg_pool2d(h, self.down_rate)  # (N, out, R / down_rate, R / down_rate)
         return h
 
-
     def bottleneck(self, h):
         """c1's output → c4's input, both (N, middle, R, R) before their GELU."""
         return gelu_conv(gelu_conv(h, self.c2), self.c3)

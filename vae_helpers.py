@@ -4,6 +4,7 @@ Shapes: N batch, C channels, R resolution, Z latent channels, K logistics in the
 Networks compute in NCHW; images and mixture parameters are NHWC.
 """
 
+import contextlib
 import math
 
 import torch
@@ -115,6 +116,12 @@ def compute_dtype(x):
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def _without_autocast(device):
+    if torch.amp.is_autocast_available(device):  # on `meta` it is not
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def forward_precision(kind, device):
@@ -356,7 +363,7 @@ class DmolNet(nn.Module):
 
     def forward(self, px_z):
         """px_z (N, C, R, R) → mixture parameters (N, R, R, 10K)."""
-        with torch.autocast(px_z.device.type, enabled=False):  # the likelihood is float32
+        with _without_autocast(px_z.device.type):  # the likelihood's inputs are float32
             return self.out_conv(px_z).permute(0, 2, 3, 1)
 
     def nll(self, px_z, x):

@@ -7,16 +7,15 @@ speed wanders. `train` is forward and backward, `update` clipping, AdamW and EMA
 the mixture's loss and its gradient.
 """
 
-import ctypes
-import gc
+import itertools
 import json
-import re
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,12 +33,12 @@ TASKS = ("train", "evaluate", "sample", "update", "likelihood")
 
 
 class _CountCalls(TorchDispatchMode):
-    """Counts the operators that reach a device's kernels."""
+    """Counts the operators that compute: views and detached copies cost no kernel."""
 
     calls = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls += 1
+        self.calls += not func.is_view
         return func(*args, **(kwargs or {}))
 
 
@@ -60,23 +59,17 @@ def saved_bytes(module, forward):
 
 
 def peak_bytes(device, call):
-    """Most memory of the process during call(), above what it held before."""
-    gc.collect()
+    """Most bytes of tensors during call(), above those alive before it."""
     if device.startswith("cuda"):
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-
-    def status(key):
-        text = Path("/proc/self/status").read_text()
-        return int(re.search(rf"{key}:\s*(\d+) kB", text)[1]) * 1024
-
-    ctypes.CDLL(None).malloc_trim(0)  # what earlier calls freed goes back to the system
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = status("VmRSS")
-    call()
-    return status("VmHWM") - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    changes = (e.nbytes() for e in sorted(events, key=lambda e: e.start_ns()))
+    return max(itertools.accumulate(changes, initial=0))
 
 
 def seconds(device, call):
@@ -190,6 +183,7 @@ def measure(args, preset, batch):
         "plain": tasks_of(H, plain, x, target, plain=True),
         "own": tasks_of(H, own, x, target, plain=False),
     }
+    modules = {"plain": plain, "own": own}
     peaks = {kind: matrix_peak(args.device, kind) for kind in {"fp32", args.precision}}
     rows = []
     for task in args.tasks:
@@ -202,13 +196,14 @@ def measure(args, preset, batch):
             call()
             with _CountCalls() as counter:
                 call()
+            if task == "train":
+                modules[name].zero_grad(set_to_none=True)  # the gradients count
             row[name] = {
                 "calls": counter.calls,
                 "peak_mb_per_image": peak_bytes(args.device, call) / batch / 1e6,
             }
             if forward:
-                module = plain if name == "plain" else own
-                row[name]["saved_mb_per_image"] = saved_bytes(module, forward) / batch / 1e6
+                row[name]["saved_mb_per_image"] = saved_bytes(modules[name], forward) / batch / 1e6
         for _ in range(args.rounds):
             for name, calls in renditions.items():
                 times[name].append(seconds(args.device, calls[task][0]))
