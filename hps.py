@@ -323,7 +323,7 @@ OPTIONS = {
         ("scale_encblock", bool, False, "without effect, as in the original"),
     ],
     "optimization": [
-        ("n_batch", _count, 32, "images per step and process"),
+        ("n_batch", _count, 32, "images per process and step, or part of it (--grad_accum)"),
         ("num_epochs", _count, 10000, "passes over the training images"),
         ("lr", _positive, 0.00015, "learning rate of AdamW after the warm-up"),
         ("warmup_iters", _nonnegative, 0.0, "steps of linear warm-up of the learning rate"),
@@ -338,6 +338,12 @@ OPTIONS = {
         ("lr_prior", _positive, 0.00015, "without effect, as in the original"),
         ("wd_prior", _nonnegative, 0.0, "without effect, as in the original"),
         ("temperature", _nonnegative, 1.0, "without effect, as in the original"),
+    ],
+    "speed and memory": [
+        ("precision", _one_of("fp32", "tf32", "bf16"), "fp32", "of the convolutions"),
+        ("checkpoint_activations", bool, False, "a third more time, a fraction of the memory"),
+        ("grad_accum", _count, 1, "batches of n_batch per step and process"),
+        ("compile", bool, False, "torch.compile the repeated blocks"),
     ],
     "logging": [
         ("iters_per_print", _count, 1000, "steps between log lines, which average over them"),

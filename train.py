@@ -4,6 +4,7 @@ The same file runs under mpiexec, torchrun and srun. Losses are in nats per dime
 dimension: one of the three levels of a pixel); bits_per_dim is elbo / ln 2.
 """
 
+import contextlib
 import math
 import os
 import time
@@ -42,7 +43,7 @@ from utils import (
     stop,
     tile_images,
 )
-from vae_helpers import nats_to_bits
+from vae_helpers import forward_precision, nats_to_bits
 
 # The purposes of random numbers: each is a seed of its own, a function of the run's seed.
 TRAINING, EVALUATION, PICTURES = range(3)
@@ -52,7 +53,7 @@ EARLY_STEPS = {1} | {2**k for k in range(3, 14)}
 
 
 def training_step(H, data_input, target, vae, ema_vae, optimizer, iterate):
-    """One step on a batch of input and target (N, R, R, 3).
+    """One step on a batch of input and target (N, R, R, 3), in H.grad_accum parts.
 
     The update is skipped, on all ranks alike, if any saw a NaN or if the gradient norm, before
     clipping, is not below H.skip_threshold.
@@ -63,8 +64,14 @@ def training_step(H, data_input, target, vae, ema_vae, optimizer, iterate):
     """
     start = time.perf_counter()
     vae.zero_grad(set_to_none=True)
-    stats = vae(data_input, target)
-    stats["elbo"].backward()
+    batches, parts = [t.chunk(H.grad_accum or 1) for t in (data_input, target)], []
+    for last, part in enumerate(zip(*batches, strict=True), start=1 - len(batches[0])):
+        # The processes average their gradients once, with those of the last part.
+        with vae.no_sync() if last < 0 else contextlib.nullcontext():
+            with forward_precision(H.precision, data_input.device):
+                parts.append(vae(*part))
+            (parts[-1]["elbo"] / len(batches[0])).backward()
+    stats = {key: torch.stack([p[key].detach() for p in parts]).mean() for key in parts[0]}
     norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), H.grad_clip)
     stats = get_cpu_stats_over_ranks(  # the step's one wait for the device
         {
@@ -123,10 +130,10 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         generators = [
             torch.Generator().manual_seed(noise_seed(H.seed, EVALUATION, i)) for i in indices
         ]
-        distortion, rate = (
-            t.double().cpu()
-            for t in ema_vae.distortion_and_rate(*preprocess_fn(batch), generators=generators)
-        )  # each (N,)
+        batch = preprocess_fn(batch)
+        with forward_precision(H.precision, batch[0].device):
+            figures = ema_vae.distortion_and_rate(*batch, generators=generators)
+        distortion, rate = (t.double().cpu() for t in figures)  # each (N,)
         elbo = distortion + rate
         finite = elbo.isfinite()
         totals += torch.stack(
@@ -209,13 +216,18 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
     first_iterate = resumed.get("first_step", iterate)
     stats = deque(resumed.get("stats", ()), maxlen=H.iters_per_print)
     skips = resumed.get("skips", 0)
-    batches = EpochBatches(len(data_train), H.n_batch, mpi_rank(), mpi_size(), H.seed)
+    n_images = H.n_batch * (H.grad_accum or 1)  # of a step, in this process
+    batches = EpochBatches(len(data_train), n_images, mpi_rank(), mpi_size(), H.seed)
     loader = make_loader(H, data_train, batch_sampler=batches)
     if not len(batches):
         raise UserError(
             f"--n_batch {H.n_batch} on {mpi_size()} processes: the {len(data_train)} training "
-            f"images make no full batch; lower --n_batch"
+            f"images make no full batch; lower --n_batch or --grad_accum"
         )
+    logprint(
+        f"global batch: {n_images * mpi_size()} images a step ({H.n_batch} x {H.grad_accum or 1} "
+        f"parts x {mpi_size()} processes)"
+    )
     viz = get_sample_for_visualization(data_valid, preprocess_fn, H.num_images_visualize, H.dataset)
     claim_run(H)
     if starting_epoch >= H.num_epochs:
@@ -248,7 +260,8 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
             torch.manual_seed(noise_seed(H.seed, PICTURES))
             fname = os.path.join(H.save_dir, f"samples-{iterate}.png")
             try:
-                write_images(H, ema_vae, *viz, fname, logprint)
+                with forward_precision(H.precision, viz[1].device):
+                    write_images(H, ema_vae, *viz, fname, logprint)
             except OSError as error:
                 logprint(f"WARNING: no pictures at step {iterate} ({error})")
 
@@ -271,7 +284,7 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
             stats.append(training_step(H, data_input, target, vae, ema_vae, optimizer, iterate))
             scheduler.step()
             iterate += 1
-            position += H.n_batch * mpi_size()
+            position += n_images * mpi_size()
             early = iterate - first_iterate in EARLY_STEPS
 
             # 3. A run that no longer updates says so.
@@ -296,7 +309,7 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
                     **average,
                     bits_per_dim=nats_to_bits(average["elbo"]),
                     skip_rate=average["skipped_updates"] / len(stats),
-                    images_per_second=H.n_batch * mpi_size() / average["iter_time"],
+                    images_per_second=n_images * mpi_size() / average["iter_time"],
                     **result_notice(H.dataset),
                 )
             if iterate % H.iters_per_images == 0 or (early and H.dataset != "ffhq_1024"):

@@ -217,6 +217,9 @@ class OneProcess(nn.Module):
     def forward(self, *args):
         return self.module(*args)
 
+    def no_sync(self):
+        return contextlib.nullcontext()
+
 
 def load_vaes(H, logprint):
     """Builds the model and its EMA on H.device, restored as H says, alike on all ranks.
@@ -237,6 +240,10 @@ def load_vaes(H, logprint):
         restore_params(ema_vae, H.restore_ema_path, H.local_rank, H.mpi_size, map_cpu=True)
     ema_vae.requires_grad_(False)
     vae, ema_vae = vae.to(H.device), ema_vae.to(H.device)
+    if H.checkpoint_activations:
+        vae.checkpoint_activations()
+    if H.compile:
+        vae.compile_blocks(), ema_vae.compile_blocks()
     parameters = sum(p.numel() for p in vae.parameters())
     logprint(f"{parameters:,} parameters, {len(vae.decoder.dec_blocks)} stochastic layers")
     if mpi_size() == 1:

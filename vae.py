@@ -494,6 +494,13 @@ class VAE(HModule):
         """
         self.encoder.checkpointing = self.decoder.checkpointing = True
 
+    def compile_blocks(self):
+        """From now on runs the residual blocks by torch.compile, one compilation per shape."""
+        for block in self.modules():
+            if isinstance(block, Block) and block.residual:
+                # A network has more shapes than the eight that PyTorch compiles by default.
+                block.compile(dynamic=False, recompile_limit=64)
+
     def distortion_and_rate(self, x, x_target, generators=None):
         """The two terms of the negative ELBO per image, each (N,), in nats per dimension.
 

@@ -135,11 +135,14 @@ def forward_precision(kind, device):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=kind == "bf16")
 
 
-def gelu(x):
-    """Exact GELU of a channels-last x (N, C, R, R), in the dtype that convolutions compute in."""
-    x = x.to(compute_dtype(x))
+def _gelu(x):
     # On the CPU the contiguous view takes half the time of the strided one.
     return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def gelu(x):
+    """Exact GELU of a channels-last x (N, C, R, R), in the dtype that convolutions compute in."""
+    return _gelu(x.to(compute_dtype(x)))
 
 
 def _folded(t, padding):
@@ -161,19 +164,19 @@ class _GeluConvs(torch.autograd.Function):
         x = x.to(dtype)
         ctx.padding = padding
         ctx.save_for_backward(x, *weights_and_biases[::2])
-        a = gelu(x)
+        a = _gelu(x)
         w = [t.to(dtype) for t in weights_and_biases]
         return tuple(F.conv2d(a, *wb, padding=padding) for wb in zip(w[::2], w[1::2], strict=True))
 
     @staticmethod
     def backward(ctx, *grads):
         x, *weights = ctx.saved_tensors
-        a, grad_a, grad_weights = _folded(gelu(x), ctx.padding), None, []
+        a, grad_a, grad_weights = _folded(_gelu(x), ctx.padding), None, []
         x_needed, _, *weights_needed = ctx.needs_input_grad
         for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
             grad_input, *grad_weight = torch.ops.aten.convolution_backward(
-                _folded(grad.to(x.dtype), ctx.padding), a, weight.to(x.dtype), [len(weight)], [1, 1],
-                [ctx.padding] * 2, [1, 1], False, [0, 0], 1,
+                _folded(grad.to(x.dtype), ctx.padding), a, weight.to(x.dtype),
+                [len(weight)], [1, 1], [ctx.padding] * 2, [1, 1], False, [0, 0], 1,
                 [x_needed, *weights_needed[2 * i : 2 * i + 2]],
             )  # fmt: skip
             grad_a = grad_input if grad_a is None else grad_a + grad_input
@@ -307,7 +310,7 @@ class _PixelLogLikelihood(torch.autograd.Function):
         return *(grad[:, None] * grads[i] if i in grads else None for i in (0, 1)), None
 
 
-# Parts in which the mixture's loss is computed: its temporary memory is then below 3 times its inputs.
+# In as many parts, the mixture's loss needs less than 3 times the memory of its inputs.
 PARTS = 20
 
 

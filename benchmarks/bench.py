@@ -262,8 +262,9 @@ def main(s=None):
                 raise UserError(f"--{option}: got {value!r}; it must be one of {', '.join(known)}")
     args.device = resolve_device(args.device)
     print(
-        f"plain → own; {args.device}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"own in {args.precision}\n{'preset':10} {'batch':>5} {'task':10} {'speed':>8} "
+        f"plain → own; {args.device}, {torch.get_num_threads()} threads, torch "
+        f"{torch.__version__}, own in {args.precision}\n"
+        f"{'preset':10} {'batch':>5} {'task':10} {'speed':>8} "
         f"{'images/s':>17} {'TFLOP/s':>15} {'of peak':>11} {'saved MB/image':>15} "
         f"{'peak MB/image':>15} {'op calls':>14}",
         flush=True,
