@@ -28,6 +28,7 @@ from vae_helpers import (
     gelu_convs,
     get_1x1,
     get_3x3,
+    in_float32,
 )
 
 # ---- block strings -------------------------------------------------------------------------
@@ -279,7 +280,9 @@ class Encoder(HModule):
         self.segments, self.checkpointing = segments(layers), False
 
     def forward(self, x):
-        x = self.in_conv(x.permute(0, 3, 1, 2))  # (N, H.width, R, R)
+        # Three channels cost little; in bf16 they cost more bits than any other convolution's.
+        with in_float32(x.device.type):
+            x = self.in_conv(x.permute(0, 3, 1, 2))  # (N, H.width, R, R)
         activations = {x.shape[2]: x}
         for segment in self.segments:
             blocks = nn.Sequential(*self.enc_blocks[segment])
@@ -292,9 +295,8 @@ class Encoder(HModule):
 # ---- decoder -------------------------------------------------------------------------------
 
 
-def _plain(t):
-    """A channels-last output as noise and likelihood need it: float32 or wider, NCHW in memory."""
-    return t.to(torch.promote_types(t.dtype, torch.float32)).contiguous()
+def at_least_float32(t):
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 class DecBlock(nn.Module):
@@ -318,7 +320,8 @@ class DecBlock(nn.Module):
 
     def z_fn(self, z):
         """z (N, Z, R, R) → its share of the state (N, C, R, R)."""
-        return self.z_proj(z)
+        with in_float32(z.device.type):  # few channels; its sum is float32
+            return self.z_proj(z)
 
     def _state(self, xs, n):
         """The state here, (N, C, R, R); constants in xs, with a batch of 1, are broadcast to n."""
@@ -336,7 +339,7 @@ class DecBlock(nn.Module):
         h, n_latent = self.prior.bottleneck(h), 2 * self.zdim
         w, b = self.prior.c4.weight, self.prior.c4.bias
         p, residual = gelu_convs(h, w[:n_latent], b[:n_latent], w[n_latent:], b[n_latent:])
-        pm, pv = _plain(p).chunk(2, dim=1)  # each (N, Z, R, R)
+        pm, pv = at_least_float32(p).contiguous().chunk(2, dim=1)  # each (N, Z, R, R)
         return pm, pv, add_to_stream(x, residual)
 
     def _give(self, xs, x, z):
@@ -360,8 +363,10 @@ class DecBlock(nn.Module):
         p, q = gelu_convs(x, self.prior.c1.weight, self.prior.c1.bias, w_x, self.enc.c1.bias)
         q = q + F.conv2d(gelu(channels_last(acts)) if activated is None else activated, w_acts)
         pm, pv, merged = self._prior(x, p)
-        q = gelu_conv(self.enc.bottleneck(q), self.enc.c4)  # (N, 2 Z, R, R)
-        qm, qv = _plain(q).chunk(2, dim=1)  # each (N, Z, R, R)
+        q = self.enc.bottleneck(q)  # (N, middle, R, R)
+        with in_float32(q.device.type):
+            q = gelu_conv(at_least_float32(q), self.enc.c4)  # (N, 2 Z, R, R)
+        qm, qv = q.contiguous().chunk(2, dim=1)  # each (N, Z, R, R)
         z = draw_gaussian_diag_samples(qm, qv, generators)  # (N, Z, R, R)
         kl = gaussian_analytical_kl(qm, pm, qv, pv)  # (N, Z, R, R)
         xs = self._give(xs, merged, z)

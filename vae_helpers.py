@@ -118,7 +118,8 @@ def compute_dtype(x):
     return x.dtype
 
 
-def _without_autocast(device):
+def in_float32(device):
+    """The context of what stays in its inputs' own precision under autocast."""
     if torch.amp.is_autocast_available(device):  # on `meta` it is not
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
@@ -366,7 +367,7 @@ class DmolNet(nn.Module):
 
     def forward(self, px_z):
         """px_z (N, C, R, R) → mixture parameters (N, R, R, 10K)."""
-        with _without_autocast(px_z.device.type):  # the likelihood's inputs are float32
+        with in_float32(px_z.device.type):  # the likelihood's inputs are float32
             return self.out_conv(px_z).permute(0, 2, 3, 1)
 
     def nll(self, px_z, x):
