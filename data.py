@@ -523,11 +523,13 @@ def train_indices(n, valid, test):
 
 
 def measure(array):
-    """{mean, std, sha256} of the first 10,000 training images of an array, in levels of 0 to 255.
+    """{mean, std, sha256} of training images of an array, in levels of 0 to 255.
 
-    sha256 is over the shape and these images: it tells one set of images from another.
+    At most 10,000, evenly spaced: the first ones would all be of a tree's first folders. sha256 is
+    over the shape and these images: it tells one set of images from another.
     """
-    numbers = train_indices(len(array), *split_own(len(array)))[:10000]
+    numbers = train_indices(len(array), *split_own(len(array)))
+    numbers = numbers[:: math.ceil(len(numbers) / 10000) or 1]
     digest, counts = hashlib.sha256(str(array.shape).encode()), np.zeros(256, np.int64)
     step = max(1, 2**22 // math.prod(array.shape[1:]))  # 4 MiB at a time; bincount takes 8 times it
     for first in range(0, len(numbers), step):

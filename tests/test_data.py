@@ -616,6 +616,15 @@ def test_own_npy(tmp_path):
     assert_refused(lambda: set_up_data(own_H(path, None)), path, "no complete .npy file")
 
 
+def test_statistics_are_of_images_from_the_whole_tree(tmp_path):
+    """As where the names of a first folder fill 10,000 images: half of these are black."""
+    levels = np.arange(30000) // 15000 * 255
+    np.save(tmp_path / "mine.npy", np.tile(levels[:, None, None, None], (2, 2, 3)).astype(np.uint8))
+    H = own_H(tmp_path / "mine.npy", 2)
+    train = everything(H)[1][0]
+    assert abs(H.image_mean - levels[train].mean()) < 2 and abs(H.image_std - 127.5) < 1
+
+
 def test_a_run_keeps_its_statistics_and_split(tmp_path):
     root, run = tmp_path / "photos", tmp_path / "run"
     write_photos(root, n=50)
