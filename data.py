@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
@@ -189,6 +189,8 @@ def decode(data):
         image = Image.open(io.BytesIO(data))
         if image.mode in MODES:
             return ImageOps.exif_transpose(image).convert("RGB")
+    except UnidentifiedImageError:  # whose message names an object in memory
+        raise ValueError("cannot be decoded (no known image format)") from None
     except Exception as error:  # damaged bytes make PIL's decoders raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"cannot be decoded ({reason})") from None
@@ -618,9 +620,14 @@ def cached(root, name, source, make):
 
 
 def state_of(root, names):
-    """A hash over files' names, sizes and times of change."""
-    stats = [os.stat(root / name) for name in names]
-    listing = [(n, s.st_size, s.st_mtime_ns) for n, s in zip(names, stats, strict=True)]
+    """A hash over files' names, sizes, times of change and permissions."""
+    listing = []
+    for name in names:
+        try:
+            stat = os.stat(root / name)
+            listing.append((name, stat.st_size, stat.st_mtime_ns, stat.st_mode))
+        except OSError:  # such as a link to nothing, which is packed as unreadable
+            listing.append((name,))
     return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
 
 
@@ -674,15 +681,17 @@ def open_own(H):
     if not H.image_size:
         raise UserError("--dataset images needs --image_size: the pixels of a side to resize to")
     array, facts = packed_images(root, H.image_size)
-    bad = facts["bad"]
-    if bad and H.bad_images != "skip":
+    if bad := facts["bad"]:
         named = ", ".join(f"{name} {why}" for name, why in list(bad.items())[:3])
-        raise UserError(
+        problem = (
             f"{len(bad)} of {len(bad) + len(array)} images below {root} can't be used "
             f"({named}{', ...' if len(bad) > 3 else ''}; all in "
-            f"{Path(array.path).with_suffix('.json')}): mend or remove them, or add "
-            f"--bad_images skip"
+            f"{Path(array.path).with_suffix('.json')})"
         )
+        if H.bad_images != "skip":
+            raise UserError(f"{problem}: mend or remove them, or add --bad_images skip")
+        if mpi_rank() == 0:
+            print(f"going on although {problem}", flush=True)
     return array, facts
 
 

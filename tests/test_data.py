@@ -508,11 +508,13 @@ def test_a_second_start_packs_nothing_and_a_change_packs_anew(tmp_path, capsys):
 
     os.utime(root / names[0], (1, 1))  # touched
     everything(H)
+    (root / names[0]).chmod(0o600)  # made readable, maybe
+    everything(H)
     (root / names[0]).unlink()  # removed
     assert len(everything(H)[0]) == 11
     imageio.imwrite(root / "z.png", noise(1, 30)[0])  # added
     assert len(everything(H)[0]) == 12
-    assert capsys.readouterr().out.count("packed") == 3
+    assert capsys.readouterr().out.count("packed") == 4
     everything(own_H(root, 24))  # another size lies beside it
     assert {path.name for path in packed.parent.glob("*.npy")} == {"16.npy", "24.npy"}
 
@@ -564,16 +566,23 @@ def test_unusable_files_are_named_counted_and_refused_or_skipped(tmp_path, capsy
     (root / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     Image.fromarray(noise(1, 32)[0]).convert("CMYK").save(root / "cmyk.jpg")
     (root / "d.png").write_bytes((root / "a" / "000.png").read_bytes()[:-100])
+    (root / "b" / "empty.webp").touch()
+    (root / "e.png").symlink_to("nothing")
     H = own_H(root)
-    refusal = "4 of 16 images", "a/small.png is 15 x 15 pixels, smaller than 16", "broken.jpg"
-    refusal += "cmyk.jpg has mode CMYK", "...", "16.json", "--bad_images skip"
+    refusal = "6 of 18 images", "a/small.png is 15 x 15 pixels, smaller than 16"
+    refusal += "b/empty.webp cannot be decoded (no known image format)", "broken.jpg"
+    refusal += "...", "16.json", "--bad_images skip"
     assert_refused(lambda: set_up_data(H), *refusal)
     capsys.readouterr()
     H.bad_images = "skip"
     assert np.array_equal(everything(H)[0], good)
-    assert "packed" not in capsys.readouterr().out  # the first, refused start did it
+    printed = capsys.readouterr().out
+    assert "packed" not in printed  # the first, refused start did it
+    assert "going on although 6 of 18 images" in printed and "a/small.png" in printed
     bad = json.loads((root / ".vdvae" / "16.json").read_text())["bad"]
-    assert set(bad) == {"a/small.png", "broken.jpg", "cmyk.jpg", "d.png"}
+    names = "a/small.png", "b/empty.webp", "broken.jpg", "cmyk.jpg", "d.png", "e.png"
+    assert tuple(bad) == names
+    assert "mode CMYK" in bad["cmyk.jpg"] and "No such file" in bad["e.png"]
 
 
 def test_own_images_that_are_none(tmp_path):
