@@ -695,6 +695,19 @@ def open_own(H):
     return array, facts
 
 
+def read_record(path, keys):
+    """The images.json of a run beside `path`, or None where there is none.
+
+    Raises:
+        UserError: if it is none, or lacks one of keys.
+    """
+    path = Path(path).with_name("images.json")
+    record = read_json(path)
+    if record and not keys <= record.keys():
+        raise UserError(f"{path} lacks one of {', '.join(keys)}: delete it to measure anew")
+    return record
+
+
 def load_images(H):
     """The user's own images; sets H.image_size, H.image_mean and H.image_std.
 
@@ -702,8 +715,8 @@ def load_images(H):
     of another takes the mean and std of that one, and its split where the images are the same.
 
     Raises:
-        UserError: as open_own; if the run's folder tells of other images; for fewer than 3 images
-            or such of one level only.
+        UserError: as open_own; if the run's folder tells of other images, or of another mean and
+            std than the restored weights'; for fewer than 3 images or such of one level only.
     """
     array, facts = open_own(H)
     n, size = array.shape[:2]
@@ -715,27 +728,22 @@ def load_images(H):
     valid, test = split_own(n)
     record = {"image_size": size, "n_images": n, "valid": valid.tolist(), "test": test.tolist()}
     record |= {key: facts[key] for key in ("mean", "std", "sha256")}
-    places = [Path(H.logdir)] if H.logdir else []
-    places += [Path(path) for path in (H.restore_ema_path, H.restore_path) if path]
-    for path in [place.with_name("images.json") for place in places]:
-        known = read_json(path)
-        if not known:
-            continue
-        if not record.keys() <= known.keys():
-            raise UserError(f"{path} lacks one of {', '.join(record)}: delete it to measure anew")
-        if known["sha256"] == record["sha256"]:
-            record = known
-        elif path.parent == Path(H.logdir or "").parent:
-            raise UserError(
-                f"{path} tells of {known['n_images']} other images of {known['image_size']} pixels "
-                f"than the {n} of {size} of {H.data_root}: choose another --desc, or delete it"
-            )
-        else:
-            record |= {key: known[key] for key in ("mean", "std")}
-        break
-    if H.logdir and mpi_rank() == 0:
-        mkdir_p(Path(H.logdir).parent)
-        write_json(Path(H.logdir).with_name("images.json"), record)
+    paths = [path for path in (H.restore_ema_path, H.restore_path, H.logdir) if path]
+    known = [found for path in paths if (found := read_record(path, record.keys()))]
+    if known:  # the restored weights' comes first: it is what they were trained with
+        same = known[0]["sha256"] == record["sha256"]
+        record |= known[0] if same else {key: known[0][key] for key in ("mean", "std")}
+    if H.logdir:
+        path, own = Path(H.logdir).with_name("images.json"), read_record(H.logdir, record.keys())
+        if own and own != record:
+            others = f"{own['n_images']} other images of {own['image_size']} pixels than the {n} of"
+            others += f" {size} of {H.data_root}"
+            if own["sha256"] == record["sha256"]:
+                others = "another mean, std or split than the restored weights'"
+            raise UserError(f"{path} tells of {others}: choose another --desc, or delete it")
+        if mpi_rank() == 0:
+            mkdir_p(path.parent)
+            write_json(path, record)
     H.image_size, H.image_mean, H.image_std = size, record["mean"], record["std"]
     valid, test = (np.array(record[key], dtype=np.int64) for key in ("valid", "test"))
     train = train_indices(n, valid, test)

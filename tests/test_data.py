@@ -659,12 +659,18 @@ def test_a_run_keeps_its_statistics_and_split(tmp_path):
 
     # Other images: the run's folder refuses them, weights restored from it lend mean and std.
     (root / "a" / "000.png").unlink()
-    refusal = run / "images.json", "50 other images", "--desc"
+    refusal = run / "images.json", "50 other images", "the 49 of 16", "--desc"
     assert_refused(lambda: set_up_data(own_H(root, run=run)), *refusal)
     fine_tuned = own_H(root, run=tmp_path / "tuned", restore_path=run / "latest-model.th")
     splits = everything(fine_tuned)[1]
     assert (fine_tuned.image_mean, fine_tuned.image_std) == (1.0, 2.0)
     assert [len(part) for part in splits] == [45, 2, 2]
+    everything(fine_tuned)  # again
+    # Nor does a run's own file outrank the restored weights', or get lost to it.
+    everything(own_H(root, run=tmp_path / "other"))
+    clash = own_H(root, run=tmp_path / "other", restore_path=run / "latest-model.th")
+    refusal = tmp_path / "other" / "images.json", "another mean", "--desc"
+    assert_refused(lambda: set_up_data(clash), *refusal)
 
     (run / "images.json").write_text("{}")
     assert len(everything(own_H(root, run=run))[0]) == 49  # an empty object is as good as none
