@@ -10,6 +10,7 @@ second. Needs 200 MB of disk.
 """
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -62,23 +63,23 @@ def child(dataset, root, started):
     H = make_H("--dataset", dataset, "--data_root", root)
     H.update(mpi_size=1, rank=0, local_rank=0)
     H, train, _, preprocess_fn = set_up_data(H)
-    epochs = 1 if dataset == "imagenet64" else 300
     batches = EpochBatches(len(train), H.n_batch, 0, 1, seed=0)
     loader = make_loader(H, train, batch_sampler=batches)
     next(iter(loader))
     first_batch_s, with_imports_s = time.time() - start, time.time() - float(started)
     vae, ema_vae = load_vaes(H, lambda *_, **__: None)
     optimizer, _ = make_optimizer(vae.parameters(), H, use_apex=False)
-    steps, peak = 0, 0
-    for epoch in range(epochs):
-        batches.set_epoch(epoch)
-        for batch in loader:
-            if steps < 10:
-                training_step(H, *preprocess_fn(batch), vae, ema_vae, optimizer, steps)
-            steps += 1
-            peak = max(peak, resident_mb())
-            if steps == 2000:
-                break
+
+    def epochs():
+        for epoch in itertools.count():
+            batches.set_epoch(epoch)
+            yield from loader
+
+    peak = 0
+    for step, batch in enumerate(itertools.islice(epochs(), 2000)):
+        if step < 10:
+            training_step(H, *preprocess_fn(batch), vae, ema_vae, optimizer, step)
+        peak = max(peak, resident_mb())
     figures = {"first_batch_s": first_batch_s, "first_batch_with_imports_s": with_imports_s}
     print(json.dumps({**figures, "resident_mb": peak}))
 
