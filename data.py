@@ -3,6 +3,7 @@
 A data set yields tuples of one uint8 tensor (S, S, 3); a batch of them is [uint8 (N, S, S, 3)].
 """
 
+import codecs
 import contextlib
 import fcntl
 import hashlib
@@ -265,9 +266,7 @@ class _BatchUnpickler(pickle.Unpickler):
             # The files say align=0, copy=1, which today's NumPy takes as booleans only.
             return lambda kind, align=0, copy=0: np.dtype(kind, bool(align), bool(copy))
         if (module, name) == ("_codecs", "encode"):  # bytes, as Python 3 writes them in protocol 2
-            import _codecs
-
-            return _codecs.encode
+            return codecs.encode
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
 
@@ -371,7 +370,8 @@ class FfhqFiles:
         found = set()
         for folder in folders:
             with contextlib.suppress(OSError):
-                found |= {os.path.join(folder, name) for name in os.listdir(self.root / folder)}
+                entries = os.scandir(self.root / folder)
+                found |= {os.path.join(folder, entry.name) for entry in entries if entry.is_file()}
         return [name for name in map(self.name, range(len(self))) if name not in found]
 
     def __getitem__(self, numbers):

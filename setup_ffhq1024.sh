@@ -17,26 +17,18 @@ link=ffhq_images1024x1024
 
 # missing_files FOLDER: prints which of the 70,000 files are missing or empty, or nothing.
 missing_files() {
-  "$PYTHON" - "$1" <<'END'
-import os
+  "$PYTHON" - "$here" "$1" <<'END'
 import sys
 
-folder = sys.argv[1]
-official = os.path.isdir(os.path.join(folder, "00000"))
-sizes = {}  # path relative to folder -> bytes
-for top in [f"{k:05d}/" for k in range(0, 70_000, 1000)] if official else [""]:
-    if os.path.isdir(os.path.join(folder, top)):
-        for entry in os.scandir(os.path.join(folder, top)):
-            if entry.is_file():
-                sizes[top + entry.name] = entry.stat().st_size
-want = [f"{i:05d}.png" for i in range(70_000)]
-if official:
-    want = [f"{i // 1000 * 1000:05d}/{name}" for i, name in enumerate(want)]
+sys.path.insert(0, sys.argv[1])
+from data import FfhqFiles
+
+files = FfhqFiles(sys.argv[2])
+missing = files.missing()
+there = sorted(set(map(files.name, range(len(files)))) - set(missing))
+empty = [name for name in there if not (files.root / name).stat().st_size]
 problems = []
-for what, bad in [
-    ("missing", [name for name in want if name not in sizes]),
-    ("empty", [name for name in want if sizes.get(name) == 0]),
-]:
+for what, bad in [("missing", missing), ("empty", empty)]:
     if bad:
         more = ", ..." if len(bad) > 10 else ""
         problems.append(f"{len(bad)} of 70000 files are {what} ({', '.join(bad[:10])}{more})")

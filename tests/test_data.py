@@ -367,6 +367,7 @@ def test_ffhq1024_in_both_layouts(faces, tmp_path, official):
             assert batch.dtype == torch.uint8 and batch.shape == (2, 1024, 1024, 3)
 
     (root / name.format(3)).unlink()
+    (root / name.format(3)).symlink_to("nothing")
     refusal = "lacks 1 of the 70,000", name.format(3), "./setup_ffhq1024.sh"
     assert_refused(lambda: set_up_data(H), *refusal)
     H.data_root = tmp_path / "absent"

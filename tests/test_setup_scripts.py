@@ -158,7 +158,7 @@ def test_python_is_chosen_and_checked(run, tmp_path):
 
     copy = tmp_path / "copy"
     (copy / ".venv" / "bin").mkdir(parents=True)
-    for name in ("setup_common.sh", "setup_ffhq1024.sh"):
+    for name in ("setup_common.sh", "setup_ffhq1024.sh", "data.py", "hps.py", "utils.py"):
         shutil.copy(REPO / name, copy)
     (copy / ".venv" / "bin" / "python").write_text(
         f'#!/bin/sh\ntouch used\n"{sys.executable}" "$@"\n'
