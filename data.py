@@ -668,7 +668,7 @@ def open_own(H):
     root = Path(H.data_root)
     if root.suffix == ".npy" and not root.is_dir():
         try:
-            found = np.lib.format.open_memmap(root, mode="r").shape
+            found = NpyImages(root).shape
         except (OSError, ValueError) as error:
             raise UserError(f"--data_root {root} is no complete .npy file ({error})") from None
         n, size = (found + (0, 0))[:2]

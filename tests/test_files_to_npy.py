@@ -272,7 +272,12 @@ def test_after_a_kill_the_next_run_starts_cleanly(tmp_path, how):
     source, out = write_folder(tmp_path / "source", FILES), tmp_path / "out.npy"
     part = tmp_path / "out.npy.part"
     os.mkfifo(source / "z.png")  # the conversion waits for ever at its sixth image
-    process = subprocess.Popen([sys.executable, SCRIPT, source, out], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, SCRIPT, source, out],
+        stderr=subprocess.DEVNULL,
+        # A shell's background job, such as these tests may be, is started with SIGINT ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
     deadline = time.monotonic() + 30
     while not part.exists() and time.monotonic() < deadline:
         time.sleep(0.01)
