@@ -423,6 +423,7 @@ def run_command(main):
     Status 0: done; 2: a UserError, printed in one line; 143 or 130: stopped by SIGTERM or SIGINT;
     1: another process is lost, or any other exception, with its traceback.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         try:
             main()

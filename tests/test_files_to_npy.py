@@ -71,6 +71,15 @@ def test_command_sorts_by_name_and_says_what_it_left_out(tmp_path, write):
     assert again.stderr.count("\n") == 1
 
 
+def test_a_name_that_is_no_text_is_printed_all_the_same(tmp_path):
+    source = write_folder(tmp_path / "source", FILES)
+    (source / os.fsdecode(b"\xfe.txt")).touch()
+    command = [sys.executable, SCRIPT, source, tmp_path / "out.npy"]
+    environment = {**os.environ, "PYTHONIOENCODING": "utf-8:strict"}  # as most locales have it
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "first \\udcfe.txt" in done.stdout
+
+
 def test_returns_the_shape_of_what_numpy_maps(tmp_path):
     source, out = write_folder(tmp_path / "source", FILES), tmp_path / "out.npy"
     assert files_to_npy(source, out) == np.load(out, mmap_mode="r").shape == (5, 8, 8, 3)
