@@ -47,6 +47,8 @@ class NpyImages:
         self.shape, self.offset = array.shape, array.offset
         self.kind = f"{array.dtype} {array.shape}{'' if array.flags.c_contiguous else ' (Fortran)'}"
         self.file = open(path, "rb", buffering=0)
+        if extra := os.path.getsize(path) - self.offset - array.nbytes:
+            raise ValueError(f"{extra:,} bytes follow the array")
 
     def __len__(self):
         return self.shape[0]

@@ -1,6 +1,7 @@
 """Data sets on tiny real files of each format, the order of images, and what reading costs."""
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -281,10 +282,16 @@ def test_a_run_on_the_box_filtered_imagenet_says_so(tmp_path):
     assert figures["n_images"] == 6 and "not comparable" in figures["notice"]
 
 
+def npy_bytes(n, size):
+    np.save(data := io.BytesIO(), noise(n, size))
+    return data.getvalue()
+
+
 BAD_NPY = {
     "order": (lambda path: np.save(path, np.asfortranarray(noise(9, 8))), "(9, 8, 8, 3) (Fortran)"),
     "type": (lambda path: np.save(path, np.zeros((2, 8), np.float32)), "holds float32 (2, 8), not"),
     "short": (lambda path: (np.save(path, noise(9, 8)), os.truncate(path, 500)), "500 bytes"),
+    "long": (lambda path: path.write_bytes(npy_bytes(9, 8) * 2), "1,856 bytes follow"),
     "page": (lambda path: path.write_bytes(b"<html>sign in</html>"), "magic string"),
     "empty": (lambda path: path.touch(), "0 bytes"),
     "archive": (lambda path: np.savez(open(path, "wb"), noise(2, 8)), "magic string"),
