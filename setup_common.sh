@@ -23,7 +23,10 @@ case ${1:-} in
     exit ;;
   -*) fail "unknown option $1; -h shows the usage" ;;
 esac
-"$PYTHON" -c 'import hashlib, numpy; hashlib.file_digest' 2>/dev/null ||
+# All that data.py needs, now and not after hours of downloading.
+"$PYTHON" -c 'import hashlib, importlib.util, numpy
+hashlib.file_digest, *(importlib.util.find_spec(m).name for m in ("torch", "PIL", "tqdm"))' \
+  2>/dev/null ||
   fail "$PYTHON is not Python 3.11 or newer with requirements.txt installed; set PYTHON to one"
 
 # make_folder FOLDER

@@ -156,6 +156,17 @@ def test_python_is_chosen_and_checked(run, tmp_path):
     """PYTHON, or else the .venv beside the script."""
     assert_refused(run("setup_cifar10.sh", PYTHON="/absent/python"), "/absent/python", "PYTHON")
 
+    # One with NumPy alone would fail only when it comes to the images.
+    packages = tmp_path / "packages"
+    packages.mkdir()
+    for path in Path(np.__file__).parent.parent.glob("numpy*"):
+        (packages / path.name).symlink_to(path)
+    bare = tmp_path / "bare"
+    bare.write_text(f'#!/bin/sh\nPYTHONPATH={packages} exec "{sys.executable}" -S "$@"\n')
+    bare.chmod(0o755)
+    subprocess.run([bare, "-c", "import numpy"], check=True)
+    assert_refused(run("setup_ffhq256.sh", PYTHON=bare), "bare", "requirements.txt")
+
     copy = tmp_path / "copy"
     (copy / ".venv" / "bin").mkdir(parents=True)
     for name in ("setup_common.sh", "setup_ffhq1024.sh", "data.py", "hps.py", "utils.py"):
