@@ -189,11 +189,11 @@ def decode(data):
         ValueError: with the reason, for bytes that don't decode, or a mode that does not fit RGB.
     """
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
         if image.mode in MODES:
             return ImageOps.exif_transpose(image).convert("RGB")
     except UnidentifiedImageError:  # whose message names an object in memory
-        raise ValueError("cannot be decoded (no known image format)") from None
+        raise ValueError("cannot be decoded (no PNG, JPEG or WebP)") from None
     except Exception as error:  # damaged bytes make PIL's decoders raise nearly anything
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ValueError(f"cannot be decoded ({reason})") from None

@@ -576,9 +576,10 @@ def test_unusable_files_are_named_counted_and_refused_or_skipped(tmp_path, capsy
     (root / "d.png").write_bytes((root / "a" / "000.png").read_bytes()[:-100])
     (root / "b" / "empty.webp").touch()
     (root / "e.png").symlink_to("nothing")
+    Image.fromarray(noise(1, 32)[0]).save(root / "z.png", format="GIF")  # whatever its name says
     H = own_H(root)
-    refusal = "6 of 18 images", "a/small.png is 15 x 15 pixels, smaller than 16"
-    refusal += "b/empty.webp cannot be decoded (no known image format)", "broken.jpg"
+    refusal = "7 of 19 images", "a/small.png is 15 x 15 pixels, smaller than 16"
+    refusal += "b/empty.webp cannot be decoded (no PNG, JPEG or WebP)", "broken.jpg"
     refusal += "...", "16.json", "--bad_images skip"
     assert_refused(lambda: set_up_data(H), *refusal)
     capsys.readouterr()
@@ -586,9 +587,9 @@ def test_unusable_files_are_named_counted_and_refused_or_skipped(tmp_path, capsy
     assert np.array_equal(everything(H)[0], good)
     printed = capsys.readouterr().out
     assert "packed" not in printed  # the first, refused start did it
-    assert "going on although 6 of 18 images" in printed and "a/small.png" in printed
+    assert "going on although 7 of 19 images" in printed and "a/small.png" in printed
     bad = json.loads((root / ".vdvae" / "16.json").read_text())["bad"]
-    names = "a/small.png", "b/empty.webp", "broken.jpg", "cmyk.jpg", "d.png", "e.png"
+    names = "a/small.png", "b/empty.webp", "broken.jpg", "cmyk.jpg", "d.png", "e.png", "z.png"
     assert tuple(bad) == names
     assert "mode CMYK" in bad["cmyk.jpg"] and "No such file" in bad["e.png"]
 
