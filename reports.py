@@ -48,6 +48,7 @@ def summary(H, ema_vae, n_train, n_heldout):
         f"{sum(b.base == r for b in ema_vae.decoder.dec_blocks)} at {r}x{r}"
         for r in ema_vae.decoder.resolutions
     )
+    global_batch = H.n_batch * H.grad_accum * mpi_size()
     betas = f"betas {H.adam_beta1:g} {H.adam_beta2:g}"
     device = H.device
     if device != "cpu":
@@ -58,13 +59,13 @@ def summary(H, ema_vae, n_train, n_heldout):
         f"layers: {layers}",
         "data": f"{H.dataset}, {H.image_size}x{H.image_size}, {n_train:,} to train on, "
         f"{n_heldout:,} to {'test' if H.test_eval else 'validate'}",
-        "device": f"{device}, float32, {mpi_size()} process{'es' * (mpi_size() > 1)}",
-        "batch": f"{H.n_batch} a process, {H.n_batch * mpi_size()} in all",
+        "device": f"{device}, {H.precision}, {mpi_size()} process{'es' * (mpi_size() > 1)}",
+        "batch": f"{H.n_batch} a process, {global_batch} a step",
         "optimizer": f"AdamW, lr {H.lr:g} after {H.warmup_iters:g} steps, decay {H.wd:g}, {betas}",
-        "length": f"{H.num_epochs} epochs, "
-        f"{H.num_epochs * (n_train // (H.n_batch * mpi_size())):,} steps",
+        "length": f"{H.num_epochs} epochs, {H.num_epochs * (n_train // global_batch):,} steps",
         "memory": f"about {_size(state + images)} a process to train: {_size(state)} for weights "
-        f"and optimizer, {_size(images)} for the activations of {H.n_batch} images",
+        f"and optimizer, {_size(images)} for the activations of {H.n_batch} images "
+        f"(in fp32, without checkpointing)",
         "files": os.path.abspath(H.save_dir),
     }
     return [f"{name:<10}{fact}" for name, fact in facts.items()]

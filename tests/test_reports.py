@@ -104,8 +104,8 @@ def test_dry_run_ends_after_the_summary(tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     for fact in (
         "preset    digits", "parameters, 3 stochastic layers: 1 at 1x1, 1 at 4x4, 1 at 8x8",
-        "digits, 8x8, 1,397 to train on, 200 to validate", "cpu, float32, 1 process",
-        "32 a process, 32 in all", "AdamW, lr 0.002 after 100 steps", "43 steps",
+        "digits, 8x8, 1,397 to train on, 200 to validate", "cpu, fp32, 1 process",
+        "32 a process, 32 a step", "AdamW, lr 0.002 after 100 steps", "43 steps",
         "MiB a process", str(tmp_path / "saved_models" / "test"),
     ):  # fmt: skip
         assert fact in done.stdout
