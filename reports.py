@@ -112,12 +112,11 @@ def progress(total, done):
 
 
 def log_evaluation(H, ema_vae, figures, logprint, name, **event):
-    """Logs an evaluation's figures, then its rates by layer and resolution, and draws those.
+    """Logs and draws an evaluation's rates by layer and resolution, then logs its figures.
 
     The picture is rates-NAME.png in H.save_dir.
     """
     rates = figures.pop("rate_per_layer")
-    logprint(**event, **figures)
     resolutions = [block.base for block in ema_vae.decoder.dec_blocks]
     by_resolution = dict.fromkeys(sorted(set(resolutions)), 0.0)
     for resolution, rate in zip(resolutions, rates, strict=True):
@@ -133,3 +132,4 @@ def log_evaluation(H, ema_vae, figures, logprint, name, **event):
             draw_rates(path, resolutions, rates, f"{H.desc}, {name}: rate by layer")
         except OSError as error:
             logprint(f"WARNING: no picture {path} ({error})")
+    logprint(**event, **figures)
