@@ -789,6 +789,30 @@ def make_preprocess(dataset, device, mean=None, std=None):
     return preprocess_fn
 
 
+def preprocess(images, H):
+    """The network's (input, target) of images, an array or tensor of uint8 (N, S, S, 3).
+
+    H is a model's, with its dataset, image_size and device. Both are float32 (N, S, S, 3).
+
+    Raises:
+        UserError: for images of another type or size.
+    """
+    images = torch.as_tensor(images)
+    size = H.image_size
+    if images.dtype != torch.uint8 or images.shape != (len(images), size, size, 3):
+        raise UserError(
+            f"images are {images.dtype} {tuple(images.shape)}; the model takes uint8 "
+            f"(N, {size}, {size}, 3)"
+        )
+    if H.dataset == "images" and H.image_mean is None:
+        raise UserError(
+            "the mean and std of the images that the model was trained on are not known: "
+            "images.json of its run must lie beside its weights"
+        )
+    device = resolve_device(H.device)
+    return make_preprocess(H.dataset, device, H.image_mean, H.image_std)([images])
+
+
 def set_up_data(H):
     """Opens H.dataset and sets H.image_size and H.image_channels.
 

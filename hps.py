@@ -291,6 +291,7 @@ OPTIONS = {
         ("port", _port, 29500, "rendezvous port of several processes; a free one if it is taken"),
         ("timeout", _positive, 600.0, "seconds without a step after which a process is given up"),
         ("test_eval", bool, False, "evaluate the restored EMA weights on the test set, then end"),
+        ("dry_run", bool, False, "end after the summary of the run"),
     ],
     "data": [
         ("dataset", _one_of(*IMAGE_SETS), "cifar10", f"one of {', '.join(IMAGE_SETS)}"),
@@ -352,6 +353,13 @@ OPTIONS = {
         ("keep_ckpts", _count, None, "newest sets of iter-N-* that are kept (none: all)"),
         ("iters_per_images", _count, 10000, "steps between pictures"),
         ("epochs_per_eval", _count, 10, "epochs between evaluations on the validation set"),
+        (
+            "iw_samples",
+            _count,
+            None,
+            "samples an image of the importance-weighted bound (none: no)",
+        ),
+        ("tensorboard", bool, False, "write the figures of losses for TensorBoard too"),
         ("epochs_per_probe", _count, None, "without effect, as in the original"),
         ("epochs_per_eval_save", _count, 20, "without effect, as in the original"),
         ("num_images_visualize", _count, 8, "validation images in a picture, one a column"),
@@ -371,11 +379,18 @@ class OneLineParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            known = [option for action in self._actions for option in action.option_strings]
+            known = self._known_options()
             near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
             raise UserError(f"unknown option {unknown[0]!r}: {hint}")
         return parsed
+
+    def _known_options(self):
+        known = [option for action in self._actions for option in action.option_strings]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                known += [o for p in action.choices.values() for o in p._known_options()]
+        return known
 
     def error(self, message):
         raise UserError(message)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from data import EpochBatches, make_loader, set_up_data
 from hps import UserError, result_notice
+from reports import log_evaluation, progress, summary, with_tensorboard
 from train_helpers import (
     accumulate_stats,
     claim_run,
@@ -36,6 +37,7 @@ from utils import (
     allreduce,
     get_cpu_stats_over_ranks,
     heartbeat,
+    image_generators,
     mpi_rank,
     mpi_size,
     noise_seed,
@@ -46,7 +48,7 @@ from utils import (
 from vae_helpers import forward_precision, nats_to_bits
 
 # The purposes of random numbers: each is a seed of its own, a function of the run's seed.
-TRAINING, EVALUATION, PICTURES = range(3)
+TRAINING, EVALUATION, PICTURES, IMPORTANCE = range(4)
 
 # Steps of this run at which to log and draw besides the regular ones: progress from the start.
 EARLY_STEPS = {1} | {2**k for k in range(3, 14)}
@@ -109,8 +111,9 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
 
     Returns:
         n_batches, n_images; elbo, distortion and rate, means over images in nats per dimension;
-        filtered_elbo, over the images where it is finite; bits_per_dim; and where figures on the
-        data set must not be compared with published ones, a notice that says so.
+        filtered_elbo, over the images where it is finite; bits_per_dim; rate_per_layer, a list;
+        with H.iw_samples also iw_elbo, the importance-weighted bound, and iw_bits_per_dim; and
+        where figures on the data set must not be compared with published ones, a notice.
 
     Raises:
         Stopped: if a signal asked for it.
@@ -120,6 +123,8 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
     # Sums over images: count, elbo, finite elbos, how many those are, distortion, rate, batches;
     # then whether the rank was asked to stop.
     totals = torch.zeros(8, dtype=torch.float64)
+    # The same of each layer's rate and, last, of the importance-weighted bound.
+    more = torch.zeros(len(ema_vae.decoder.dec_blocks) + 1, dtype=torch.float64)
     for batch in tqdm(loader, "evaluating", disable=None if mpi_rank() == 0 else True):
         heartbeat()
         if stop.requested():
@@ -127,14 +132,23 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
             break
         first = int(totals[0])
         indices = mine.indices[first : first + len(batch[0])]
-        generators = [
-            torch.Generator().manual_seed(noise_seed(H.seed, EVALUATION, i)) for i in indices
-        ]
-        batch = preprocess_fn(batch)
-        with forward_precision(H.precision, batch[0].device):
-            figures = ema_vae.distortion_and_rate(*batch, generators=generators)
-        distortion, rate = (t.double().cpu() for t in figures)  # each (N,)
+        x, target = preprocess_fn(batch)
+        with forward_precision(H.precision, x.device):
+            distortion, rates = ema_vae.distortion_and_rate(
+                x, target, image_generators(indices, H.seed, EVALUATION), per_layer=True
+            )
+        distortion, rates = distortion.double().cpu(), rates.double().cpu()  # (N,), (layers, N)
+        rate = rates.sum(dim=0)  # (N,)
         elbo = distortion + rate
+        more[:-1] += rates.sum(dim=1)
+        if H.iw_samples:
+            # The first sample is the ELBO's own: with one, the two are the same.
+            def noise(k, indices=indices):
+                return image_generators(indices, H.seed, *((IMPORTANCE, k) if k else (EVALUATION,)))
+
+            with forward_precision(H.precision, x.device):
+                bound = ema_vae.importance_weighted_elbo(x, target, H.iw_samples, noise)  # (N,)
+            more[-1] += bound.sum().cpu()
         finite = elbo.isfinite()
         totals += torch.stack(
             [
@@ -152,7 +166,8 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
     n_images, elbo, finite_elbo, n_finite, distortion, rate, n_batches, stopped = totals
     if stopped:
         raise Stopped("stopped in an evaluation")
-    return {
+    *rate_per_layer, bound = (allreduce(more.to(H.device or "cpu"), False) / n_images).tolist()
+    figures = {
         "n_batches": int(n_batches),
         "n_images": int(n_images),
         "filtered_elbo": finite_elbo / n_finite if n_finite else math.nan,
@@ -160,15 +175,19 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         "distortion": distortion / n_images,
         "rate": rate / n_images,
         "bits_per_dim": nats_to_bits(elbo / n_images),
+        "rate_per_layer": rate_per_layer,
         **result_notice(H.dataset),
     }
+    if H.iw_samples:
+        figures |= {"iw_elbo": bound, "iw_bits_per_dim": nats_to_bits(bound)}
+    return figures
 
 
 def run_test_eval(H, ema_vae, data_test, preprocess_fn, logprint):
     """Logs a `test_loss` line for the EMA weights and returns its figures."""
     logprint("evaluating on the test set")
     stats = evaluate(H, ema_vae, data_test, preprocess_fn)
-    logprint(type="test_loss", **stats)
+    log_evaluation(H, ema_vae, stats, logprint, "test", type="test_loss")
     return stats
 
 
@@ -271,8 +290,10 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
         except Stopped:
             save("latest", last=True)
             raise
-        logprint(model=H.desc, type="eval_loss", epoch=epoch, step=iterate, **figures)
+        event = dict(model=H.desc, type="eval_loss", epoch=epoch, step=iterate)
+        log_evaluation(H, ema_vae, figures, logprint, iterate, **event)
 
+    bar = progress(H.num_epochs * len(batches), iterate)
     for epoch in range(starting_epoch, H.num_epochs):
         batches.set_epoch(epoch, position)
         for batch in loader:
@@ -285,6 +306,8 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
             scheduler.step()
             iterate += 1
             position += n_images * mpi_size()
+            bar.set_postfix_str(f"{nats_to_bits(stats[-1]['elbo']):.3f} bits/dim", refresh=False)
+            bar.update()
             early = iterate - first_iterate in EARLY_STEPS
 
             # 3. A run that no longer updates says so.
@@ -334,6 +357,7 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
         position = 0
 
     # 5. The end of a run.
+    bar.close()
     epoch = H.num_epochs
     draw()
     save("latest", last=True)
@@ -343,9 +367,15 @@ def main():
     H, logprint = prepare_run()
     H, data_train, data_valid_or_test, preprocess_fn = set_up_data(H)
     resume_run(H, logprint)
+    if H.tensorboard:
+        logprint = with_tensorboard(logprint, H.save_dir)
     if H.test_eval and not (H.restore_ema_path or H.restore_path):
         raise UserError("--test_eval needs weights: name them with --restore_ema_path")
     vae, ema_vae = load_vaes(H, logprint)
+    for line in summary(H, ema_vae, len(data_train), len(data_valid_or_test)):
+        logprint(line)
+    if H.dry_run:
+        return
     stop.listen()
     if H.test_eval:
         open_run(H)

@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from data import mkdir_p
+from data import mkdir_p, read_json
 from hps import (
     HPARAMS_REGISTRY,
     OPTIONS,
@@ -47,7 +47,7 @@ from utils import (
     resolve_device,
     world,
 )
-from vae import VAE
+from vae import VAE, parse_layer_string
 
 # ---- start-up ------------------------------------------------------------------------------
 
@@ -292,32 +292,47 @@ def _shapes(state_dict):
 
 
 def preset_of(shapes):
-    """Name of the preset whose state dict has these names and shapes, or None."""
+    """Hyperparameters of the preset whose state dict has these names and shapes, or None.
+
+    Its name is their hparam_sets.
+    """
+    n_layers = sum(name.endswith("z_proj.weight") for name in shapes)
     for name in HPARAMS_REGISTRY:
+        H = get_hparams(name)
+        if len(parse_layer_string(H.dec_blocks)) != n_layers:
+            continue  # building a model only to see that takes a moment
         with torch.device("meta"):
-            if _shapes(VAE(get_hparams(name)).state_dict()) == shapes:
-                return name
+            if _shapes(VAE(H).state_dict()) == shapes:
+                return H
     return None
 
 
-def restore_params(model, path, local_rank, mpi_size, map_ddp=True, map_cpu=False):
-    """Loads model.th or model-ema.th, of ours or released, strictly into a VAE.
+def read_weights(path, map_ddp=True):
+    """The state dict of a VAE in model.th or model-ema.th, ours or released, on the CPU.
 
-    map_ddp drops the `module.` that names in model.th start with. The file is read to the CPU
-    whatever map_cpu says.
+    map_ddp drops the `module.` that names in model.th start with.
 
     Raises:
-        UserError: for a file that can't be read or holds another model, naming its preset.
+        UserError: for a file that can't be read or holds something else.
     """
-    path = distributed_maybe_download(path, local_rank, mpi_size)
     state = read_torch_file(path)
     if not isinstance(state, dict) or not all(map(_is_float, state.values())) or not state:
         raise UserError(f"{path} holds no state dict of tensors: name a model.th or model-ema.th")
     if map_ddp:
         state = {str(name).removeprefix("module."): t for name, t in state.items()}
+    return state
+
+
+def check_weights(model, state, path):
+    """Holds a state dict, read from `path`, against a VAE's.
+
+    Raises:
+        UserError: if it is that of another model, naming its preset.
+    """
     wanted, found = _shapes(model.state_dict()), _shapes(state)
     if found != wanted:
-        preset = preset_of(found)
+        known = preset_of(found)
+        preset = known and known.hparam_sets
         odd = [n for n in [*wanted, *found] if wanted.get(n) != found.get(n)]
         what = f"the {preset} model" if preset else "a model of none of the presets"
         raise UserError(
@@ -332,12 +347,58 @@ def restore_params(model, path, local_rank, mpi_size, map_ddp=True, map_cpu=Fals
                 f"{path} holds weights that are no numbers, or infinite ({name}): restore an "
                 f"earlier checkpoint"
             )
-    model.load_state_dict(state)
 
 
 def _is_float(value):
     """Whether a file's entry is an ordinary tensor of floating-point numbers."""
     return torch.is_tensor(value) and value.layout == torch.strided and value.is_floating_point()
+
+
+def restore_params(model, path, local_rank, mpi_size, map_ddp=True, map_cpu=False):
+    """Loads model.th or model-ema.th, of ours or released, strictly into a VAE.
+
+    The file is read to the CPU whatever map_cpu says; map_ddp as in read_weights.
+
+    Raises:
+        UserError: for a file that can't be read or holds another model, naming its preset.
+    """
+    path = distributed_maybe_download(path, local_rank, mpi_size)
+    state = read_weights(path, map_ddp)
+    check_weights(model, state, path)
+    model.load_state_dict(state)
+
+
+def load_model(path, hps=None, device=None):
+    """A trained VAE ready to use, in one process: load_model("cifar10-seed0-…-model-ema.th").
+
+    Args:
+        path: model-ema.th (the better weights) or model.th, ours or released; an address too.
+        hps: what get_hparams gives, or a preset's name; None: the preset is told by the file.
+        device: "cpu", "cuda", or None for CUDA where there is one.
+
+    Returns:
+        VAE without gradients; its H holds the hyperparameters, image_size and device among them.
+
+    Raises:
+        UserError: for a file that can't be read, or is of no preset or another model.
+    """
+    path = maybe_download(path)
+    state = read_weights(path)
+    H = get_hparams(hps) if isinstance(hps, str) else hps or preset_of(_shapes(state))
+    if H is None:
+        raise UserError(
+            f"{path} holds a model of none of the presets: name the preset (--hps) and the other "
+            f"options of the network it was trained with"
+        )
+    H = Hyperparams(H, device=resolve_device(device))
+    if H.dataset == "images":  # what is measured of them lies in the run's folder
+        facts = read_json(Path(path).with_name("images.json")) or {}
+        H.update({f"image_{key}": facts[key] for key in ("mean", "std") if key in facts})
+    with torch.device("meta"):
+        model = VAE(H)
+    check_weights(model, state, path)
+    model.to_empty(device="cpu").load_state_dict(state)  # initial weights would be a waste
+    return model.requires_grad_(False).eval().to(H.device)
 
 
 def restore_log(path, local_rank, mpi_size):

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 from hps import Hyperparams, UserError  # noqa: F401  Hyperparams: imported from here by programs
 
@@ -472,6 +473,11 @@ def noise_seed(*key):
     return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
 
 
+def image_generators(indices, *key):
+    """One generator per image, a function of the key, a few integers, and the image's index."""
+    return [torch.Generator().manual_seed(noise_seed(*key, i)) for i in indices]
+
+
 # ---- logs and pictures ---------------------------------------------------------------------
 
 
@@ -534,7 +540,8 @@ def logger(log_prefix):
         text = ", ".join(
             f"{k}: {v:.5g}" if isinstance(v, float) else f"{k}: {v}" for k, v in event.items()
         )
-        print(text, flush=True)
+        tqdm.write(text)  # above a progress bar, if there is one
+        sys.stdout.flush()
         for path, line in ((f"{log_prefix}.jsonl", json.dumps(event)), (f"{log_prefix}.txt", text)):
             try:
                 _append(path, line)

@@ -348,11 +348,20 @@ class DecBlock(nn.Module):
         xs[self.base] = self.resnet(x)
         return xs
 
-    def forward(self, xs, activations, get_latents=False, generators=None, activated=None):
+    def forward(
+        self,
+        xs,
+        activations,
+        get_latents=False,
+        generators=None,
+        get_gaussians=False,
+        activated=None,
+    ):
         """The posterior pass: (xs, {kl}), with get_latents (xs, {z, kl}), each (N, Z, R, R).
 
         xs, whose tensors may have a batch of 1, gets a new tensor at this resolution; none is
-        written in place. kl is in nats; z is detached. `generators` as in fill_noise;
+        written in place. kl is in nats; z is detached. `generators` as in fill_noise. With
+        get_gaussians the dict also holds qm, qv, pm and pv: means and log standard deviations.
         `activated` is gelu(activations[base]), where the caller has it.
         """
         acts = activations[self.base]  # (N, C, R, R)
@@ -370,7 +379,8 @@ class DecBlock(nn.Module):
         z = draw_gaussian_diag_samples(qm, qv, generators)  # (N, Z, R, R)
         kl = gaussian_analytical_kl(qm, pm, qv, pv)  # (N, Z, R, R)
         xs = self._give(xs, merged, z)
-        return (xs, {"z": z.detach(), "kl": kl}) if get_latents else (xs, {"kl": kl})
+        stats = {"z": z.detach(), "kl": kl} if get_latents else {"kl": kl}
+        return xs, stats | {"qm": qm, "qv": qv, "pm": pm, "pv": pv} if get_gaussians else stats
 
     def forward_uncond(self, xs, t=None, lvs=None, generators=None):
         """The prior pass: xs with z = lvs (N, Z, R, R), or z ~ p at temperature t (None: 1).
@@ -419,8 +429,8 @@ class Decoder(HModule):
             xs[first] = self.gain.new_zeros(n, self.widths[first], first, first)
         return xs
 
-    def forward(self, activations, get_latents=False, generators=None):
-        """The posterior pass: (px_z, one dict a block: {kl} or, with get_latents, {z, kl})."""
+    def forward(self, activations, get_latents=False, generators=None, get_gaussians=False):
+        """The posterior pass: (px_z, one dict a block), the dicts and options as DecBlock's."""
         xs = self._start(next(iter(activations.values())).shape[0])
         stats, activated = [], {r: gelu(channels_last(activations[r])) for r in self.resolutions}
         for segment in self.segments:
@@ -431,7 +441,7 @@ class Decoder(HModule):
                 xs, stats = dict(zip(resolutions, states, strict=True)), []
                 for block in blocks:
                     xs, block_stats = block(
-                        xs, {block.base: acts}, get_latents, generators, activated
+                        xs, {block.base: acts}, get_latents, generators, get_gaussians, activated
                     )
                     stats.append(block_stats)
                 return xs, stats
@@ -506,42 +516,83 @@ class VAE(HModule):
                 # A network has more shapes than the eight that PyTorch compiles by default.
                 block.compile(dynamic=False, recompile_limit=64)
 
-    def distortion_and_rate(self, x, x_target, generators=None):
+    def distortion_and_rate(self, x, x_target, generators=None, per_layer=False):
         """The two terms of the negative ELBO per image, each (N,), in nats per dimension.
 
         Args:
             x: input (N, R, R, 3).
             x_target: target (N, R, R, 3) in [-1, 1].
             generators: as in fill_noise.
+            per_layer: the rate of each layer by itself, (layers, N), in place of their sum.
         """
         px_z, stats = self.decoder(self.encoder(x), generators=generators)
         distortion = self.decoder.out_net.nll(px_z, x_target)
-        rate = sum(s["kl"].sum(dim=(1, 2, 3)) for s in stats) / x[0].numel()
-        return distortion, rate
+        rates = [s["kl"].sum(dim=(1, 2, 3)) for s in stats]
+        if per_layer:
+            return distortion, torch.stack(rates) / x[0].numel()
+        return distortion, sum(rates) / x[0].numel()
 
-    def forward(self, x, x_target):
-        """{elbo, distortion, rate}: batch means, 0-dim, nats per dimension.
+    def forward(self, x, x_target, per_image=False, generators=None):
+        """{elbo, distortion, rate}: batch means, 0-dim, nats per dimension; per_image: (N,) each.
 
         `elbo` is, in spite of its name, the negative ELBO: what training minimizes.
         """
-        distortion, rate = self.distortion_and_rate(x, x_target)
-        return {
-            "elbo": (distortion + rate).mean(),
-            "distortion": distortion.mean(),
-            "rate": rate.mean(),
-        }
+        distortion, rate = self.distortion_and_rate(x, x_target, generators)
+        stats = {"elbo": distortion + rate, "distortion": distortion, "rate": rate}
+        return stats if per_image else {key: t.mean() for key, t in stats.items()}
 
-    def forward_get_latents(self, x):
-        """One {z (N, Z, R, R) detached, kl (N, Z, R, R)} per block, from the posterior of x."""
-        return self.decoder(self.encoder(x), get_latents=True)[1]
+    def importance_weighted_elbo(self, x, x_target, n_samples, noise):
+        """The importance-weighted bound of K samples (Burda et al. 2016, eq. 8), negated.
+
+        log (1/K) sum_k p(x, z_k) / q(z_k | x), in which the mean over k of log p/q is replaced by
+        that of the ELBOs with their analytical KL, which has the same expectation and a smaller
+        variance: K = 1 is the ELBO of that noise, and no K is above the mean ELBO of its samples.
+        Memory is that of one sample.
+
+        Args:
+            x, x_target: as in distortion_and_rate.
+            n_samples: K.
+            noise: k from 0 to K - 1 → the `generators` of that sample.
+
+        Returns:
+            (N,), nats per dimension, float64.
+        """
+        activations, n_dims = self.encoder(x), x[0].numel()
+        log_sum, log_mean, elbo_mean = -math.inf, 0, 0
+        for k in range(n_samples):
+            px_z, stats = self.decoder(activations, True, noise(k), get_gaussians=True)
+            distortion = self.decoder.out_net.nll(px_z, x_target).double() * n_dims  # (N,)
+            log_ratio, kl = 0, 0  # log p(z) - log q(z | x), and its analytical expectation, negated
+            for s in stats:
+                z, qm, qv, pm, pv = (s[key].double() for key in ("z", "qm", "qv", "pm", "pv"))
+                q, p = (z - qm) / qv.exp(), (z - pm) / pv.exp()
+                log_ratio = log_ratio + (0.5 * (q**2 - p**2) + qv - pv).sum(dim=(1, 2, 3))
+                kl = kl + s["kl"].double().sum(dim=(1, 2, 3))
+            log_weight = log_ratio - distortion  # (N,)
+            log_sum = torch.logaddexp(torch.as_tensor(log_sum).to(log_weight), log_weight)
+            log_mean = log_mean + log_weight / n_samples
+            elbo_mean = elbo_mean - (distortion + kl) / n_samples
+        return -(elbo_mean + log_sum - math.log(n_samples) - log_mean) / n_dims
+
+    def forward_get_latents(self, x, generators=None, get_gaussians=False):
+        """One {z (N, Z, R, R) detached, kl (N, Z, R, R)} per block, from the posterior of x.
+
+        With get_gaussians also qm, qv, pm, pv, as in DecBlock.forward.
+        """
+        return self.decoder(self.encoder(x), True, generators, get_gaussians)[1]
 
     @torch.no_grad()
-    def forward_uncond_samples(self, n_batch, t=None):
-        """Samples of the prior at temperature t: numpy uint8 (n_batch, R, R, 3)."""
-        return self.decoder.out_net.sample(self.decoder.forward_uncond(n_batch, t))
+    def forward_uncond_samples(self, n_batch, t=None, generators=None, mean=False, as_float=False):
+        """Samples of the prior at temperature t: numpy uint8 (n_batch, R, R, 3).
+
+        t is a number, or one per block; generators, mean and as_float as in DmolNet.sample.
+        """
+        return self.forward_samples_set_latents(n_batch, (), t, generators, mean, as_float)
 
     @torch.no_grad()
-    def forward_samples_set_latents(self, n_batch, latents, t=None):
+    def forward_samples_set_latents(
+        self, n_batch, latents, t=None, generators=None, mean=False, as_float=False
+    ):
         """Samples with given z of the first blocks, as in Decoder.forward_manual_latents."""
-        px_z = self.decoder.forward_manual_latents(n_batch, latents, t)
-        return self.decoder.out_net.sample(px_z)
+        px_z = self.decoder.forward_manual_latents(n_batch, latents, t, generators)
+        return self.decoder.out_net.sample(px_z, generators, mean, as_float)

@@ -356,6 +356,19 @@ def sample_from_discretized_mix_logistic(l, nr_mix, generators=None):
     return torch.stack((red, green, blue), dim=-1)
 
 
+def mean_of_discretized_mix_logistic(l, nr_mix):
+    """The mean of the mixture of each pixel of l (N, H, W, 10K): (N, H, W, 3) in [-1, 1].
+
+    Its expectation before the outermost bins take the tails, then clipped.
+    """
+    logits, means, _, c = _mixture_parameters(l, nr_mix)
+    red = means[..., 0, :]
+    green = means[..., 1, :] + c[..., 0, :] * red
+    blue = means[..., 2, :] + c[..., 1, :] * red + c[..., 2, :] * green  # each (N, H, W, K)
+    components = torch.stack((red, green, blue), dim=-2)  # (N, H, W, 3, K)
+    return (components * logits.softmax(dim=-1).unsqueeze(-2)).sum(dim=-1).clamp(-1, 1)
+
+
 class DmolNet(nn.Module):
     """The output layer: a 1x1 convolution to the mixture's parameters, its loss and its samples."""
 
@@ -376,9 +389,18 @@ class DmolNet(nn.Module):
         return discretized_mix_logistic_loss(x=x, l=self.forward(px_z), low_bit=low_bit)
 
     @torch.no_grad()
-    def sample(self, px_z, generators=None):
-        """One image per row of px_z: numpy uint8 (N, R, R, 3); generators as in fill_noise."""
-        l = self.forward(px_z)
-        x = sample_from_discretized_mix_logistic(l, self.H.num_mixtures, generators)
+    def sample(self, px_z, generators=None, mean=False, as_float=False):
+        """One image per row of px_z: numpy uint8 (N, R, R, 3); generators as in fill_noise.
+
+        With mean, the mixture's mean in place of a sample, without noise; with as_float, numpy
+        float32 in [-1, 1] in place of the 256 levels.
+        """
+        l, nr_mix = self.forward(px_z), self.H.num_mixtures
+        if mean:
+            x = mean_of_discretized_mix_logistic(l, nr_mix)
+        else:
+            x = sample_from_discretized_mix_logistic(l, nr_mix, generators)
+        if as_float:
+            return x.float().cpu().numpy()
         # Truncated, not rounded: the published samples are.
         return ((x + 1) * 127.5).clamp(0, 255).to(torch.uint8).cpu().numpy()

@@ -18,7 +18,8 @@ import pytest
 from PIL import Image
 
 REPO = Path(__file__).resolve().parent.parent
-SCRIPTS = ["setup_cifar10.sh", "setup_imagenet.sh", "setup_ffhq256.sh", "setup_ffhq1024.sh"]
+SCRIPTS = ["setup_cifar10.sh", "setup_imagenet.sh", "setup_ffhq256.sh", "setup_ffhq1024.sh",
+           "setup_checkpoints.sh"]  # fmt: skip
 
 
 class Handler(http.server.BaseHTTPRequestHandler):

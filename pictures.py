@@ -1,0 +1,136 @@
+"""Pictures with words in them: grids of images (Pillow), rates and learning curves (matplotlib)."""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from vae_helpers import nats_to_bits
+
+# ---- grids ---------------------------------------------------------------------------------
+
+
+def _shortened(text, font, width):
+    """text, with an ellipsis in its middle where it is wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    for kept in range(len(text) - 1, 1, -1):
+        short = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
+        if font.getlength(short) <= width:
+            return short
+    return "…"
+
+
+def labelled_grid(rows, row_labels, column_labels=(), title=""):
+    """A PIL image of rows of images, each uint8 (n, S, S, 3), on white with their labels.
+
+    Images under 64 pixels are enlarged by a whole number, to be legible. A row may be shorter
+    than others.
+    """
+    size = rows[0].shape[1]
+    zoom = math.ceil(64 / size)
+    cell, gap = size * zoom, max(4, size * zoom // 32)
+    font = ImageFont.load_default(max(13, cell // 12))
+    line = int(font.size * 1.5)
+    left = int(max(map(font.getlength, row_labels))) + 2 * gap
+    top = gap + line * (bool(title) + bool(column_labels))
+    width = left + max(map(len, rows)) * (cell + gap)
+    width = max(width, int(font.getlength(title)) + 2 * gap)
+    canvas = Image.new("RGB", (width, top + len(rows) * (cell + gap)), "white")
+    draw = ImageDraw.Draw(canvas)
+    draw.text((gap, gap), title, "black", font)
+    for column, label in enumerate(column_labels):
+        center = left + column * (cell + gap) + cell // 2
+        text = _shortened(label, font, cell)
+        draw.text((center, top - gap), text, "black", font, anchor="md")
+    for row, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
+        y = top + row * (cell + gap)
+        draw.text((left - gap, y + cell // 2), label, "black", font, anchor="rm")
+        for column, image in enumerate(images):
+            enlarged = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
+            canvas.paste(enlarged, (left + column * (cell + gap), y))
+    return canvas
+
+
+# ---- charts --------------------------------------------------------------------------------
+
+
+def draw_rates(path, resolutions, rates, title):
+    """Writes a picture of where the bits go: a bar per layer, and the sums by resolution.
+
+    Args:
+        path: of the picture, in the format its suffix names.
+        resolutions: that of each layer.
+        rates: that of each layer, in nats per dimension.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    bits = nats_to_bits(np.asarray(rates))
+    names = sorted(set(resolutions))
+    colors = dict(zip(names, (f"C{i}" for i in range(len(names))), strict=True))
+    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure.suptitle(title)
+    layers, sums = figure.subplots(1, 2, width_ratios=(2.4, 1))
+    layers.bar(range(1, len(bits) + 1), bits, color=[colors[r] for r in resolutions])
+    layers.xaxis.get_major_locator().set_params(integer=True)
+    layers.set(xlabel="stochastic layer, from the top", ylabel="rate, bits/dim")
+    total = bits.sum()
+    for row, r in enumerate(names):
+        value = bits[np.asarray(resolutions) == r].sum()
+        sums.barh(row, value, color=colors[r])
+        share = f" ({value / total:.0%})" if total else ""
+        sums.text(value, row, f" {value:.4f}{share}", va="center")
+    counts = [list(resolutions).count(r) for r in names]
+    words = [f"{r}x{r}, {n} layer{'s' * (n > 1)}" for r, n in zip(names, counts, strict=True)]
+    sums.set_yticks(range(len(names)), words)
+    sums.invert_yaxis()
+    sums.margins(x=0.6)  # room for the words
+    sums.set(xlabel="rate, bits/dim", title=f"by resolution, total {total:.4f}")
+    for axes in (layers, sums):
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+
+
+def draw_curves(path, runs):
+    """Writes the learning curves of runs: bits/dim over steps and hours, gradient norm, skip rate.
+
+    Args:
+        path: of the picture, in the format its suffix names.
+        runs: {label: (train, evaluations)}, dicts of arrays of one length: step, hours and bits;
+            of train also grad_norm and skip_rate.
+    """
+    from matplotlib.figure import Figure  # slow to import
+
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    (by_step, by_time), (norms, skips) = figure.subplots(2, 2)
+    late = []  # bits/dim after the first tenth of a run: what the axes must show
+    hours = max(train["hours"][-1] for train, _ in runs.values())
+    unit, scale = ("hours", 1) if hours > 2 else ("minutes", 60)
+    for i, (label, (train, evals)) in enumerate(runs.items()):
+        style = dict(color=f"C{i}", linewidth=1)
+        dots = dict(marker="o", markersize=4, label=label)
+        for axes, key, factor in ((by_step, "step", 1), (by_time, "hours", scale)):
+            axes.plot(train[key] * factor, train["bits"], **style, alpha=0.5)
+            axes.plot(evals[key] * factor, evals["bits"], **style, **dots)
+        norms.plot(train["step"], train["grad_norm"], **style, label=label)
+        skips.plot(train["step"], train["skip_rate"], **style, label=label)
+        late += [*train["bits"][train["step"] >= train["step"][-1] / 10], *evals["bits"]]
+    late = np.array(late)[np.isfinite(late)]
+    for axes in (by_step, by_time):
+        if len(late):
+            margin = 0.05 * (late.max() - late.min()) or 0.1
+            axes.set_ylim(late.min() - margin, late.max() + margin)
+        axes.set_ylabel("bits/dim (line: training, dots: validation)")
+    norms.set(ylabel="gradient norm, largest per log line", yscale="log")
+    skips.set(ylabel="skipped updates, share of the steps")
+    top = max(np.nanmax(train["skip_rate"]) for train, _ in runs.values())
+    skips.set_ylim(0, max(0.05, 1.1 * top))
+    for axes in (by_step, norms, skips):
+        axes.set_xlabel("step")
+        axes.get_xaxis().get_major_locator().set_params(nbins=7)
+    by_time.set_xlabel(f"{unit} since the run's first line")
+    for axes in (by_step, by_time, norms, skips):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    by_step.legend()
+    figure.savefig(path, dpi=110)

@@ -1,0 +1,88 @@
+"""Learning curves of runs as a picture: `python plot.py RUN...`.
+
+    python plot.py saved_models/digits saved_models/photos32 --out curves.png
+
+A RUN is a folder with a log.jsonl, or such a file, of ours or of the original code.
+"""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+
+from hps import OneLineParser, UserError
+from pictures import draw_curves
+from utils import run_command
+from vae_helpers import nats_to_bits
+
+
+def read_log(path):
+    """The curves of a log.jsonl, as draw_curves takes them.
+
+    Where a run went back to an earlier step, what it had logged beyond that step is left out.
+
+    Raises:
+        UserError: for a file that can't be read, or holds no train_loss line.
+    """
+    train, evals, hparams, start = [], [], {}, None
+    try:
+        with open(path, encoding="utf-8") as file:
+            for line in filter(str.strip, file):
+                event = json.loads(line)
+                start = start or time.mktime(time.strptime(event["time"]))
+                if event.get("type") == "hparam":
+                    hparams[event["key"]] = event["value"]
+                if event.get("type") not in ("train_loss", "eval_loss"):
+                    continue
+                seconds = time.mktime(time.strptime(event["time"])) - start
+                finite = "elbo_filtered" if event["type"] == "train_loss" else "filtered_elbo"
+                point = event | {
+                    "hours": seconds / 3600,
+                    "bits": nats_to_bits(event.get(finite, event["elbo"])),
+                }
+                if event["type"] == "eval_loss":
+                    evals.append(point)
+                else:
+                    # The original logs a sum alone, over as many steps as there were.
+                    window = min(hparams.get("iters_per_print", math.inf), event["step"])
+                    point.setdefault("skip_rate", event["skipped_updates"] / window)
+                    while train and train[-1]["step"] >= event["step"]:
+                        train.pop()
+                    while evals and evals[-1]["step"] >= event["step"]:
+                        evals.pop()
+                    train.append(point)
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}): name a run's folder") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is no log.jsonl of a run ({error}): name another") from None
+    if not train:
+        raise UserError(f"{path} holds no train_loss line: the run has not logged a step yet")
+
+    def columns(points, names):
+        return {name: np.array([p[name] for p in points], dtype=float) for name in names}
+
+    shared = ("step", "hours", "bits")
+    return columns(train, (*shared, "grad_norm", "skip_rate")), columns(evals, shared)
+
+
+def main():
+    parser = OneLineParser(prog="plot.py", description=__doc__.split("\n")[0])
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a log.jsonl")
+    parser.add_argument("--out", default="curves.png", help="picture to write, replaced if there")
+    args = parser.parse_args()
+    runs = {}
+    for run in args.runs:
+        path = Path(run, "log.jsonl") if os.path.isdir(run) else Path(run)
+        runs[run.rstrip("/")] = read_log(path)
+    try:
+        draw_curves(args.out, runs)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--out {args.out} can't be written ({error}): name a .png") from None
+    print(f"{args.out}: {', '.join(runs)}")
+
+
+if __name__ == "__main__":
+    run_command(main)

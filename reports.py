@@ -1,0 +1,135 @@
+"""What a run tells of itself: its summary, where its bits go, a line of progress, TensorBoard."""
+
+import os
+
+import torch
+from tqdm import tqdm
+
+from hps import UserError
+from pictures import draw_rates
+from utils import mpi_rank, mpi_size
+from vae import VAE
+
+# ---- at the start --------------------------------------------------------------------------
+
+
+def activation_bytes(H):
+    """Bytes that a training step keeps per image for its backward pass.
+
+    Counted on a forward pass of tensors that have shapes alone.
+    """
+    kept = {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        kept[storage._cdata] = storage  # held, or another could take its place
+        return t
+
+    with torch.device("meta"):
+        vae = VAE(H)
+        x = torch.empty(1, H.image_size, H.image_size, H.image_channels)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            elbo = vae(x, x)["elbo"]
+    weights = {p.untyped_storage()._cdata for p in vae.parameters()}
+    assert elbo.requires_grad
+    return sum(s.nbytes() for key, s in kept.items() if key not in weights)
+
+
+def _size(n_bytes):
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**28 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def summary(H, ema_vae, n_train, n_heldout):
+    """The facts of a run that one wants to see before it begins, a line each."""
+    parameters = sum(p.numel() for p in ema_vae.parameters())
+    # Weights, gradients, their average and AdamW's two moments: five float32 a parameter.
+    state, images = 20 * parameters, H.n_batch * activation_bytes(H)
+    layers = ", ".join(
+        f"{sum(b.base == r for b in ema_vae.decoder.dec_blocks)} at {r}x{r}"
+        for r in ema_vae.decoder.resolutions
+    )
+    global_batch = H.n_batch * H.grad_accum * mpi_size()
+    betas = f"betas {H.adam_beta1:g} {H.adam_beta2:g}"
+    device = H.device
+    if device != "cpu":
+        device = f"{device}, {torch.cuda.get_device_name(device)}"
+    facts = {
+        "preset": H.hparam_sets,
+        "network": f"{parameters:,} parameters, {len(ema_vae.decoder.dec_blocks)} stochastic "
+        f"layers: {layers}",
+        "data": f"{H.dataset}, {H.image_size}x{H.image_size}, {n_train:,} to train on, "
+        f"{n_heldout:,} to {'test' if H.test_eval else 'validate'}",
+        "device": f"{device}, {H.precision}, {mpi_size()} process{'es' * (mpi_size() > 1)}",
+        "batch": f"{H.n_batch} a process, {global_batch} a step",
+        "optimizer": f"AdamW, lr {H.lr:g} after {H.warmup_iters:g} steps, decay {H.wd:g}, {betas}",
+        "length": f"{H.num_epochs} epochs, {H.num_epochs * (n_train // global_batch):,} steps",
+        "memory": f"about {_size(state + images)} a process to train: {_size(state)} for weights "
+        f"and optimizer, {_size(images)} for the activations of {H.n_batch} images "
+        f"(in fp32, without checkpointing)",
+        "files": os.path.abspath(H.save_dir),
+    }
+    return [f"{name:<10}{fact}" for name, fact in facts.items()]
+
+
+def with_tensorboard(logprint, folder):
+    """logprint, which from now on also writes the figures of losses for TensorBoard.
+
+    Raises:
+        UserError: if TensorBoard is not installed.
+    """
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(
+            f"--tensorboard needs the package tensorboard ({error}): pip install tensorboard, or "
+            f"leave the option out"
+        ) from None
+    if mpi_rank() != 0:
+        return logprint
+    writer = None  # until there is something to write: the folder may not be made yet
+
+    def log(*args, **event):
+        nonlocal writer
+        logprint(*args, **event)
+        kind = event.get("type", "")
+        if kind.endswith("_loss"):
+            writer = writer or SummaryWriter(folder)
+            for key, value in event.items():
+                if isinstance(value, int | float) and key != "step":
+                    writer.add_scalar(f"{kind}/{key}", value, event.get("step"))
+            writer.flush()
+
+    return log
+
+
+# ---- on the way ----------------------------------------------------------------------------
+
+
+def progress(total, done):
+    """A line at the foot of a terminal: steps done, time left, steps a second; no file gets it."""
+    disable = None if mpi_rank() == 0 else True
+    return tqdm(total=total, initial=done, unit=" steps", disable=disable, dynamic_ncols=True)
+
+
+def log_evaluation(H, ema_vae, figures, logprint, name, **event):
+    """Logs and draws an evaluation's rates by layer and resolution, then logs its figures.
+
+    The picture is rates-NAME.png in H.save_dir.
+    """
+    rates = figures.pop("rate_per_layer")
+    resolutions = [block.base for block in ema_vae.decoder.dec_blocks]
+    by_resolution = dict.fromkeys(sorted(set(resolutions)), 0.0)
+    for resolution, rate in zip(resolutions, rates, strict=True):
+        by_resolution[resolution] += rate
+    logprint(
+        **event | {"type": event["type"].replace("loss", "rates")},
+        rate_per_layer=[float(f"{rate:.5g}") for rate in rates],
+        rate_per_resolution={r: float(f"{rate:.5g}") for r, rate in by_resolution.items()},
+    )
+    if mpi_rank() == 0:
+        path = os.path.join(H.save_dir, f"rates-{name}.png")
+        try:
+            draw_rates(path, resolutions, rates, f"{H.desc}, {name}: rate by layer")
+        except OSError as error:
+            logprint(f"WARNING: no picture {path} ({error})")
+    logprint(**event, **figures)

@@ -1,0 +1,579 @@
+"""Pictures and latents from trained weights, without a data set.
+
+    python sample.py --restore_ema_path latest-model-ema.th samples --n 64 --temperature 0.8
+
+An image's noise is a function of the seed and the image's index alone: image 7 is the same, to
+rounding, in any batch size and however many others are made.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from data import decode as decode_image
+from data import fit, preprocess
+from hps import OPTIONS, OneLineParser, UserError, get_hparams
+from pictures import labelled_grid
+from train_helpers import load_model
+from utils import image_generators, maybe_download, run_command
+
+# The purposes of random numbers, beside those of train.py.
+SAMPLING, ENCODING, DECODING = range(10, 13)
+
+GRID_LIMIT = 1024  # images of a grid; a larger one is nothing to look at
+
+# ---- the command line ----------------------------------------------------------------------
+
+TYPES = {name: kind for rows in OPTIONS.values() for name, kind, *_ in rows}
+count, number = TYPES["n_batch"], TYPES["temperature"]
+
+
+def temperatures(text):
+    """The argparse type of "0.8" or "1:1.0,4:0.9": a number, or {resolution: number}."""
+    if ":" not in text:
+        return number(text)
+    pairs = [pair.split(":") for pair in text.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"got {text!r}; it must be a number or R:t,R:t")
+    return {count(resolution): number(t) for resolution, t in pairs}
+
+
+def add_common_options(parser, in_command):
+    """What may stand before or after the command's name: there, an absent option sets nothing."""
+
+    def add(group, name, default, meaning, **kwargs):
+        default = argparse.SUPPRESS if in_command else default
+        group.add_argument(f"--{name}", default=default, help=meaning, **kwargs)
+
+    group = parser.add_argument_group("model")
+    add(group, "restore_ema_path", None, "weights: PREFIX-model-ema.th, a path or an address")
+    add(group, "hps", None, "preset (none: told by the weights)")
+    add(group, "device", "auto", "auto, cpu or cuda; auto is CUDA where there is one",
+        type=TYPES["device"])  # fmt: skip
+    add(group, "seed", 0, "seed of the noise", type=TYPES["seed"])
+    add(group, "n_batch", 16, "images at a time", type=count)
+    add(group, "mean", False, "pixels: the mean of the mixture, without noise, not a sample",
+        action="store_true")  # fmt: skip
+    group = parser.add_argument_group("output")
+    add(group, "out", None, "NAME.png: labelled grid; NAME.npz: arr_0, uint8 (n, S, S, 3); other "
+        "names: folder of PNGs (none: COMMAND.png; encode: latents.npz)")  # fmt: skip
+    add(group, "force", False, "replace what is there", action="store_true")
+    group = parser.add_argument_group("network", "with --hps, for weights that are no preset's")
+    for name, kind, _, meaning in OPTIONS["network"]:
+        if kind is not bool:
+            group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=meaning)
+
+
+def add_keep_options(parser, temperature):
+    keep = parser.add_mutually_exclusive_group()
+    keep.add_argument("--layers", type=count, help="keep the first LAYERS latents (none: all)")
+    keep.add_argument("--resolution", type=count, help="keep the latents up to this resolution")
+    parser.add_argument("--temperature", type=temperatures, default=temperature,
+                        help="of the latents that are not kept: a number, or R:t,R:t")  # fmt: skip
+
+
+def make_parser():
+    parser = OneLineParser(prog="sample.py", description=__doc__.split("\n")[0])
+    add_common_options(parser, in_command=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name, function, meaning):
+        sub = commands.add_parser(
+            name, help=meaning, description=f"{meaning[0].upper()}{meaning[1:]}.",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )  # fmt: skip
+        add_common_options(sub, in_command=True)
+        sub.set_defaults(function=function)
+        return sub
+
+    sub = command("samples", samples, "images from the prior; a long run resumes where it stopped")
+    sub.add_argument("--n", type=count, default=16, help="images")
+    sub.add_argument("--temperature", type=temperatures, default=1.0,
+                     help="factor of the prior's standard deviations: a number, or R:t,R:t for "
+                     "those at resolution R (others: 1)")  # fmt: skip
+    sub = command("reconstruct", reconstruct, "images, and what their latents keep of them")
+    sub.add_argument("images", nargs="+", help="image files; the middle square, resized")
+    add_keep_options(sub, temperature=0.1)
+    sub = command("interpolate", interpolate, "images between two, along a line of latents")
+    sub.add_argument("images", nargs=2, metavar="IMAGE", help="image files; as in reconstruct")
+    sub.add_argument("--steps", type=count, default=8, help="images, both ends included")
+    add_keep_options(sub, temperature=0.1)
+    sub = command("progressive", progressive, "how images form: more layers row by row")
+    sub.add_argument("images", nargs="*", help="image files, as in reconstruct (none: samples)")
+    sub.add_argument("--n", type=count, default=8, help="samples, where no images are given")
+    sub.add_argument("--temperature", type=temperatures, default=1.0, help="of the samples' "
+                     "latents: a number, or R:t,R:t")  # fmt: skip
+    sub.add_argument("--rest", type=number, default=0.1,
+                     help="temperature of the layers that are yet to come")  # fmt: skip
+    sub = command("encode", encode, "image files to an .npz of their latents")
+    sub.add_argument("images", nargs="+", help="image files; as in reconstruct")
+    sub.add_argument("--gaussians", action="store_true",
+                     help="also the means and log standard deviations of q and p")  # fmt: skip
+    sub = command("decode", decode, "the .npz of encode back to images")
+    sub.add_argument("latents", help=".npz of encode; layers that it lacks are sampled")
+    add_keep_options(sub, temperature=0.1)
+    return parser
+
+
+def open_model(args):
+    """The model that the options name.
+
+    Raises:
+        UserError: as load_model; and for no weights, or options of a network without a preset.
+    """
+    if not args.restore_ema_path:
+        raise UserError("no weights given: name a PREFIX-model-ema.th with --restore_ema_path")
+    given = {name: getattr(args, name) for name, *_ in OPTIONS["network"] if hasattr(args, name)}
+    if given and not args.hps:
+        raise UserError(f"--{next(iter(given))} changes a preset's network: name it with --hps")
+    H = get_hparams(args.hps, **given) if args.hps else None
+    args.restore_ema_path = maybe_download(args.restore_ema_path)
+    return load_model(args.restore_ema_path, H, args.device)
+
+
+def per_block(model, t):
+    """One temperature per block from a number or {resolution: number}.
+
+    Raises:
+        UserError: for a resolution without latents.
+    """
+    blocks, found = model.decoder.dec_blocks, model.decoder.resolutions
+    if not isinstance(t, dict):
+        return [t] * len(blocks)
+    for resolution in t:
+        if resolution not in found:
+            raise UserError(
+                f"--temperature names resolution {resolution}: this model has latents at "
+                f"{', '.join(map(str, found))}"
+            )
+    return [t.get(block.base, 1.0) for block in blocks]
+
+
+def layers_to_keep(model, args):
+    """How many latents --layers or --resolution keeps.
+
+    Raises:
+        UserError: for more layers than there are, or a resolution without latents.
+    """
+    bases = [block.base for block in model.decoder.dec_blocks]
+    if args.layers and args.layers > len(bases):
+        raise UserError(f"--layers {args.layers}: this model has {len(bases)} layers")
+    if args.resolution and args.resolution not in bases:
+        found = ", ".join(map(str, model.decoder.resolutions))
+        raise UserError(f"--resolution {args.resolution}: this model has latents at {found}")
+    if args.resolution:
+        return max(i + 1 for i, base in enumerate(bases) if base <= args.resolution)
+    return args.layers or len(bases)
+
+
+def read_image(path, size):
+    """An image file's middle square as uint8 (size, size, 3), as own images are packed.
+
+    A smaller image is enlarged (bicubic).
+
+    Raises:
+        UserError: for a file that can't be read, or is not 8-bit RGB, grey or palette.
+    """
+    try:
+        image = decode_image(Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"{path} can't be read ({error.strerror}): name an image file") from None
+    except ValueError as error:
+        raise UserError(f"{path} {error}: name another image file") from None
+    return fit(ImageOps.cover(image, (size, size)) if min(image.size) < size else image, size)
+
+
+def read_images(paths, size):
+    """uint8 (n, size, size, 3) of image files, as read_image."""
+    return np.stack([read_image(path, size) for path in paths])
+
+
+# ---- where images go -----------------------------------------------------------------------
+
+
+def check_free(args):
+    """Raises UserError where the output exists, unless --force is given."""
+    if os.path.exists(args.out) and not args.force:
+        raise UserError(f"{args.out} exists already: name another --out, or add --force")
+
+
+def replace(path, write):
+    """Writes a file through write(temporary path): `path` is whole or not there."""
+    partial = f"{path}.partial"
+    write(partial)
+    os.replace(partial, path)
+
+
+# Options that change no image, beside the weights' path, for which their hash stands.
+NOT_SETTINGS = ("restore_ema_path", "hps", "device", "n_batch", "n", "out", "force", "function")
+
+
+def check_settings(path, args):
+    """Keeps what decides the images of unfinished output in a file, `path`.
+
+    Raises:
+        UserError: if the file is there and tells of other settings, naming the first.
+    """
+    with open(args.restore_ema_path, "rb") as file:
+        settings = {"weights": hashlib.file_digest(file, "sha256").hexdigest()}
+    settings |= {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
+    settings = json.loads(json.dumps(settings))  # as they are read back
+    if path.exists():
+        found = json.loads(path.read_text())
+        for key, value in settings.items():
+            if found.get(key) != value:
+                raise UserError(
+                    f"{path} tells of images made with {key} {found.get(key)}, not {value}: name "
+                    f"another --out, or add --force to start anew"
+                )
+    else:
+        path.write_text(json.dumps(settings))
+
+
+class NpzFile:
+    """An .npz of arr_0, uint8 (n, S, S, 3), as FID tools read it, made from NAME.npz.part.
+
+    The .part holds nothing but pixels: its length tells how many images are done.
+    """
+
+    def __init__(self, args, size):
+        self.out, self.shape = Path(args.out), (size, size, 3)
+        self.part, self.settings = (
+            self.out.with_name(f"{self.out.name}.part{suffix}") for suffix in ("", ".json")
+        )
+        check_free(args)
+        if args.force:
+            self.part.unlink(missing_ok=True)
+            self.settings.unlink(missing_ok=True)
+        check_settings(self.settings, args)
+        # Whole batches only: what follows is then, bit for bit, what a run in one go makes.
+        whole = args.n_batch * math.prod(self.shape)
+        self.file = open(self.part, "ab")
+        self.file.truncate(self.file.tell() // whole * whole)
+        self.done = self.file.tell() // math.prod(self.shape)
+
+    def write(self, images):
+        self.file.write(images.tobytes())
+        self.file.flush()
+
+    def finish(self, n):
+        self.file.close()
+        header = {"descr": "|u1", "fortran_order": False, "shape": (n, *self.shape)}
+
+        def write(path):
+            with zipfile.ZipFile(path, "w") as archive:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as npy:
+                    np.lib.format.write_array_header_1_0(npy, header)
+                    with open(self.part, "rb") as pixels:
+                        shutil.copyfileobj(pixels, npy, 1 << 20)
+
+        os.truncate(self.part, n * math.prod(self.shape))  # an earlier run may have made more
+        replace(self.out, write)
+        self.part.unlink()
+        self.settings.unlink()
+
+
+class Folder:
+    """A folder of 000000.png, 000001.png, ..."""
+
+    def __init__(self, args, size):
+        self.folder = Path(args.out)
+        if args.force and (self.folder / "settings.json").exists():
+            shutil.rmtree(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not (self.folder / "settings.json").exists() and any(self.folder.iterdir()):
+            raise UserError(f"{self.folder} holds other files: name a new folder with --out")
+        check_settings(self.folder / "settings.json", args)
+        self.done = 0
+        while self.path(self.done).exists():
+            self.done += 1
+        self.done -= self.done % args.n_batch
+
+    def path(self, i):
+        return self.folder / f"{i:06}.png"
+
+    def write(self, images):
+        for image in images:
+            replace(self.path(self.done), lambda p, i=image: Image.fromarray(i).save(p, "PNG"))
+            self.done += 1
+
+    def finish(self, n):
+        pass
+
+
+class Grid:
+    """One picture with labels, drawn at the end by draw(images) → PIL image."""
+
+    def __init__(self, args, draw):
+        check_free(args)
+        self.out, self.draw, self.images, self.done = args.out, draw, [], 0
+
+    def write(self, images):
+        self.images.append(images)
+
+    def finish(self, n):
+        picture = self.draw(np.concatenate(self.images))
+        replace(self.out, lambda path: picture.save(path, "PNG"))
+
+
+def deliver(args, model, n, make, draw):
+    """Makes images 0 to n - 1 and writes them to args.out, a batch at a time.
+
+    Args:
+        n: how many.
+        make: indices (a range) → their images, uint8 (len, S, S, 3).
+        draw: all images → the labelled grid.
+
+    Raises:
+        UserError: if args.out exists, is too large a grid or can't be written.
+    """
+    if args.out.endswith(".png") and n > GRID_LIMIT:
+        raise UserError(f"{n} images in one grid are too many: give --out a .npz or a folder")
+    try:
+        if args.out.endswith(".png"):
+            sink = Grid(args, draw)
+        else:
+            kind = NpzFile if args.out.endswith(".npz") else Folder
+            sink = kind(args, model.H.image_size)
+        with tqdm(total=n, initial=min(sink.done, n), unit=" images", disable=None) as bar:
+            for first in range(sink.done, n, args.n_batch):
+                indices = range(first, min(first + args.n_batch, n))
+                sink.write(make(indices))
+                bar.update(len(indices))
+        sink.finish(n)
+    except OSError as error:
+        raise UserError(
+            f"{args.out} can't be written ({error.strerror}): make room or name another --out; "
+            f"the same command then goes on"
+        ) from None
+    print(f"{args.out}: {n} images of {model.H.image_size} pixels")
+
+
+def noise(args, purpose, indices):
+    return image_generators(indices, args.seed, purpose)
+
+
+# ---- commands ------------------------------------------------------------------------------
+
+
+def say(temperature):
+    if isinstance(temperature, dict):
+        return ", ".join(f"t({r}) = {t:g}" for r, t in temperature.items())
+    return f"t = {temperature:g}"
+
+
+def name_of(model, args):
+    return model.H.hparam_sets + (", mean of the mixture" if args.mean else "")
+
+
+def samples(args, model):
+    t = per_block(model, args.temperature)
+
+    def make(indices):
+        generators = noise(args, SAMPLING, indices)
+        return model.forward_uncond_samples(len(indices), t, generators, args.mean)
+
+    def draw(images):
+        columns = min(args.n, max(8, math.ceil(math.sqrt(args.n))))
+        starts = range(0, args.n, columns)
+        title = f"{name_of(model, args)}: samples, {say(args.temperature)}, seed {args.seed}"
+        return labelled_grid(
+            [images[i : i + columns] for i in starts],
+            [f"{i}" for i in starts],
+            [f"+{i}" for i in range(columns)],
+            title,
+        )
+
+    deliver(args, model, args.n, make, draw)
+
+
+def latents_of(args, model, images, indices, get_gaussians=False):
+    """Per block {z, kl, ...} of uint8 images (n, S, S, 3), whose noise is that of `indices`."""
+    x, _ = preprocess(images, model.H)
+    return model.forward_get_latents(x, noise(args, ENCODING, indices), get_gaussians)
+
+
+def decoded(args, model, latents, t, indices):
+    """uint8 images of latents, one (n, Z, R, R) a block; `indices` own the rest's noise."""
+    generators = noise(args, DECODING, indices)
+    return model.forward_samples_set_latents(len(indices), latents, t, generators, args.mean)
+
+
+def kept(model, k, temperature):
+    n = len(model.decoder.dec_blocks)
+    return f"all {n} layers" if k == n else f"{k} of {n} layers, rest {say(temperature)}"
+
+
+def reconstruct(args, model):
+    k, t = layers_to_keep(model, args), per_block(model, args.temperature)
+    originals = read_images(args.images, model.H.image_size)
+
+    def make(indices):
+        stats = latents_of(args, model, originals[indices.start : indices.stop], indices)
+        return decoded(args, model, [s["z"] for s in stats[:k]], t, indices)
+
+    def draw(images):
+        rows, labels = [], []
+        for first in range(0, len(images), 12):
+            rows += [originals[first : first + 12], images[first : first + 12]]
+            labels += ["original", "reconstruction"]
+        names = [Path(path).name for path in args.images] if len(images) <= 12 else ()
+        return labelled_grid(
+            rows, labels, names, f"{name_of(model, args)}: {kept(model, k, args.temperature)}"
+        )
+
+    deliver(args, model, len(originals), make, draw)
+
+
+def interpolate(args, model):
+    k, t = layers_to_keep(model, args), per_block(model, args.temperature)
+    originals = read_images(args.images, model.H.image_size)
+    # Both ends and all steps share the noise of image 0: only the latents' content changes.
+    stats = latents_of(args, model, originals, (0, 0))
+    weights = torch.linspace(0, 1, args.steps, device=model.H.device)
+
+    def make(indices):
+        w = weights[indices.start : indices.stop].view(-1, 1, 1, 1)
+        latents = [torch.lerp(s["z"][:1], s["z"][1:], w) for s in stats[:k]]  # (n, Z, R, R)
+        return decoded(args, model, latents, t, [0] * len(indices))
+
+    def draw(images):
+        a, b = (Path(path).name for path in args.images)
+        row = np.concatenate([originals[:1], images, originals[1:]])
+        columns = [a, *(f"{w:.2f}" for w in weights.tolist()), b]
+        title = f"{name_of(model, args)}: {kept(model, k, args.temperature)}"
+        return labelled_grid([row], [""], columns, title)
+
+    deliver(args, model, args.steps, make, draw)
+
+
+def progressive(args, model):
+    bases = [block.base for block in model.decoder.dec_blocks]
+    t = per_block(model, args.temperature)
+    ends = [i + 1 for i, base in enumerate(bases) if bases[i + 1 : i + 2] != [base]]
+    rows, labels = [], []
+    n = len(args.images) or args.n
+    originals = read_images(args.images, model.H.image_size) if args.images else None
+
+    def row(k):
+        """The images of all columns with the first k layers their own, the rest at --rest."""
+        images = []
+        for first in range(0, n, args.n_batch):
+            indices = range(first, min(first + args.n_batch, n))
+            if args.images:
+                stats = latents_of(args, model, originals[first : indices.stop], indices)
+                latents, ts = [s["z"] for s in stats[:k]], args.rest
+            else:  # the same generators: the first k layers are those of the other rows
+                latents, ts = [], t[:k] + [args.rest] * (len(t) - k)
+            images.append(decoded(args, model, latents, ts, indices))
+        return np.concatenate(images)
+
+    for k in tqdm(ends, unit=" rows", disable=None):
+        rows.append(row(k))
+        labels.append(f"to {bases[k - 1]}x{bases[k - 1]}: {k} of {len(bases)} layers")
+    everything = np.concatenate(rows)
+
+    def draw(images):
+        shown, names = [*rows], [*labels]
+        if args.images:
+            shown.append(originals)
+            names.append("original")
+        columns = [Path(path).name for path in args.images] or [str(i) for i in range(n)]
+        what = "" if args.images else f"samples, {say(args.temperature)}, seed {args.seed}, "
+        title = f"{name_of(model, args)}: {what}layers to come at t = {args.rest:g}"
+        return labelled_grid(shown, names, columns, title)
+
+    deliver(args, model, len(everything), lambda r: everything[r.start : r.stop], draw)
+
+
+def encode(args, model):
+    check_free(args)
+    if not args.out.endswith(".npz"):
+        raise UserError(f"--out {args.out}: latents go to an .npz file")
+    originals = read_images(args.images, model.H.image_size)
+    arrays = {}
+    for first in tqdm(range(0, len(originals), args.n_batch), unit=" batches", disable=None):
+        images = originals[first : first + args.n_batch]
+        indices = range(first, first + len(images))
+        for i, stats in enumerate(latents_of(args, model, images, indices, args.gaussians)):
+            kl = stats.pop("kl").sum(dim=(1, 2, 3)) / images[0].size  # (n,)
+            for name, value in {**stats, "rate": kl}.items():
+                arrays.setdefault(f"{name}{i:03}", []).append(value.cpu().numpy())
+    arrays = {name: np.concatenate(parts) for name, parts in arrays.items()}
+    with_names = arrays | {"images": np.array(args.images), "preset": model.H.hparam_sets}
+
+    def write(path):
+        with open(path, "wb") as file:
+            np.savez(file, **with_names)
+
+    replace(args.out, write)
+    print(f"{args.out}: {len(originals)} images, {len(model.decoder.dec_blocks)} layers")
+
+
+def read_latents(path, model):
+    """The z of encode's .npz, (n, Z, R, R) by block; a block it lacks is None.
+
+    Raises:
+        UserError: for a file that can't be read or fits another model.
+    """
+    latents, n = [], None
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            for i, block in enumerate(model.decoder.dec_blocks):
+                z = arrays[f"z{i:03}"] if f"z{i:03}" in arrays else None
+                if z is not None:
+                    n = n or len(z)
+                    if z.shape != (n, block.zdim, block.base, block.base):
+                        raise ValueError(f"z{i:03} is {z.shape}, layer {i} of the model "
+                                         f"{(n, block.zdim, block.base, block.base)}")  # fmt: skip
+                latents.append(z if z is None else torch.from_numpy(z).to(model.H.device))
+        if n is None:
+            raise ValueError("it has no z000")
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist: make it with sample.py encode") from None
+    except Exception as error:  # a damaged file raises nearly anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} holds no latents of this model ({reason}): encode anew") from None
+    return latents, n
+
+
+def decode(args, model):
+    k, t = layers_to_keep(model, args), per_block(model, args.temperature)
+    latents, n = read_latents(args.latents, model)
+
+    def make(indices):
+        part = [z if z is None else z[indices.start : indices.stop] for z in latents[:k]]
+        return decoded(args, model, part, t, indices)
+
+    def draw(images):
+        starts = range(0, n, 12)
+        title = f"{name_of(model, args)}: {kept(model, k, args.temperature)}"
+        return labelled_grid(
+            [images[i : i + 12] for i in starts],
+            [f"{i}" for i in starts],
+            [f"+{i}" for i in range(min(n, 12))],
+            title,
+        )
+
+    deliver(args, model, n, make, draw)
+
+
+@torch.inference_mode()
+def main():
+    args = make_parser().parse_args()
+    args.out = args.out or ("latents.npz" if args.command == "encode" else f"{args.command}.png")
+    args.function(args, open_model(args))
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,161 @@
+"""What programs may ask of a model beyond the published names; the importance-weighted bound."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from golden import inputs, model, weight
+
+import vae_helpers
+from data import preprocess
+from hps import Hyperparams, UserError, get_hparams
+from utils import image_generators
+from vae import VAE
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return model("tiny")
+
+
+def generators(n, *key):
+    return image_generators(range(n), *key)
+
+
+@torch.no_grad()
+def test_gaussians_are_those_of_z_and_kl(tiny):
+    H, net = tiny
+    x, _ = inputs(H, 2, 0)
+    plain = net.forward_get_latents(x, generators(2, 1))
+    full = net.forward_get_latents(x, generators(2, 1), get_gaussians=True)
+    noise = generators(2, 1)
+    for p, s in zip(plain, full, strict=True):
+        assert p["z"].equal(s["z"]) and p["kl"].equal(s["kl"]) and list(p) == ["z", "kl"]
+        z = vae_helpers.draw_gaussian_diag_samples(s["qm"], s["qv"], noise)
+        assert torch.allclose(z, s["z"], atol=1e-6)
+        kl = vae_helpers.gaussian_analytical_kl(s["qm"], s["pm"], s["qv"], s["pv"])
+        assert torch.allclose(kl, s["kl"], atol=1e-6)
+
+
+@torch.no_grad()
+def test_elbo_per_image_and_rate_per_layer(tiny):
+    H, net = tiny
+    batch = inputs(H, 3, 0)
+    stats = net(*batch, per_image=True, generators=generators(3, 1))
+    assert all(t.shape == (3,) for t in stats.values())
+    alone = [
+        net(x[None], t[None], generators=generators(3, 1)[i : i + 1])["elbo"].item()
+        for i, (x, t) in enumerate(zip(*batch, strict=True))
+    ]
+    assert stats["elbo"].tolist() == pytest.approx(alone, rel=1e-5)
+    _, rates = net.distortion_and_rate(*batch, generators(3, 1), per_layer=True)
+    assert rates.shape == (len(net.decoder.dec_blocks), 3)
+    assert torch.allclose(rates.sum(0), stats["rate"], rtol=1e-5)
+
+
+@torch.no_grad()
+def test_pictures_as_floats_are_those_of_levels(tiny):
+    H, net = tiny
+    levels = net.forward_uncond_samples(2, 0.8, generators(2, 3))
+    floats = net.forward_uncond_samples(2, 0.8, generators(2, 3), as_float=True)
+    assert floats.dtype == np.float32 and abs(floats).max() <= 1
+    assert np.array_equal(((floats + 1) * np.float32(127.5)).astype(np.uint8), levels)
+
+
+@torch.no_grad()
+def test_the_mean_of_the_mixture_is_the_mean_of_its_samples():
+    torch.manual_seed(0)
+    l = 0.3 * torch.randn(1, 2, 2, 30)  # logistics of scale e^-3 about 0: hardly any is clipped
+    l[..., 3:].reshape(1, 2, 2, 3, 9)[..., 3:6] -= 3
+    mean = vae_helpers.mean_of_discretized_mix_logistic(l, 3)
+    n = 20_000
+    sampled = vae_helpers.sample_from_discretized_mix_logistic(l.expand(n, -1, -1, -1), 3)
+    assert torch.allclose(sampled.mean(dim=0), mean[0], atol=0.015)
+    H, net = model("tiny")
+    a, b = (net.forward_uncond_samples(2, 0, generators(2, k), mean=True) for k in (1, 2))
+    assert np.array_equal(a, b)  # no noise at all
+
+
+def test_preprocess_is_that_of_the_data_set():
+    H = get_hparams("ffhq256")
+    H.image_size = 4
+    images = np.random.RandomState(0).randint(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    x, target = preprocess(images, H)
+    assert torch.allclose(x, torch.from_numpy((images - 112.8666757481) / 69.84780273).float())
+    assert torch.allclose(target, torch.from_numpy((images // 8 * 8 - 127.5) / 127.5).float())
+    for wrong in (images.astype(np.float32), images[:, :3], images[0]):
+        with pytest.raises(UserError, match=r"uint8 \(N, 4, 4, 3\)"):
+            preprocess(wrong, H)
+
+
+@pytest.fixture(scope="module")
+def by_hand():
+    """Images of one pixel and two layers of one latent: (H, model, batch, exact log p, nats)."""
+    H = Hyperparams(
+        dataset=None, image_size=1, image_channels=3, width=8, zdim=1, custom_width_str="",
+        bottleneck_multiple=0.5, no_bias_above=64, num_mixtures=2, enc_blocks="1x1",
+        dec_blocks="1x2",
+    )  # fmt: skip
+    net = VAE(H)
+    net.load_state_dict({k: 1.4 * weight(k, v.shape) for k, v in net.state_dict().items()})
+    target = torch.tensor([[-0.4, 0.1, 0.3], [0.2, 0.0, -0.1]]).view(2, 1, 1, 3)
+    grid = torch.linspace(-7, 7, 141)  # standard deviations, on which the trapezoid rule is exact
+    exact = []
+    with torch.no_grad():
+        for t in target:
+            # z1 over a grid of its prior, and for each z1, z2 over a grid of its own.
+            xs = net.decoder._start(1)
+            pm, pv = net.decoder.dec_blocks[0].prior(xs[1])[:, :2].unbind(dim=1)  # (1, 1, 1)
+            z1 = (pm + pv.exp() * grid.view(-1, 1, 1)).unsqueeze(1)  # (G, 1, 1, 1)
+            xs = net.decoder._start(len(grid))
+            xs = net.decoder.dec_blocks[0].forward_uncond(xs, lvs=z1)
+            pm, pv = net.decoder.dec_blocks[1].prior(xs[1])[:, :2].unbind(dim=1)  # (G, 1, 1)
+            z2 = pm + pv.exp() * grid.view(1, -1, 1)  # (G, G, 1), a grid a row
+            pair = (z1.expand(-1, len(grid), -1, -1).reshape(-1, 1, 1, 1), z2.reshape(-1, 1, 1, 1))
+            px_z = net.decoder.forward_manual_latents(len(grid) ** 2, pair)
+            nll = net.decoder.out_net.nll(px_z, t.expand(len(grid) ** 2, 1, 1, 3)) * 3
+            normal = -0.5 * grid**2 - 0.5 * math.log(2 * math.pi) + math.log(grid[1] - grid[0])
+            log_p = (normal[:, None] + normal[None]).reshape(-1) - nll
+            exact.append(log_p.double().logsumexp(0).item())
+    return H, net, (target, target), exact
+
+
+@torch.no_grad()
+def test_the_bound_tightens_to_the_integral(by_hand):
+    """K = 1 is the ELBO; more are tighter on average, up to log p(x), integrated on a grid."""
+    H, net, batch, exact = by_hand
+    many = [t.repeat_interleave(400, dim=0) for t in batch]  # 400 repetitions of two images
+
+    def bound(n_samples):
+        values = net.importance_weighted_elbo(*many, n_samples, lambda k: generators(800, 7, k))
+        return -3 * values.view(2, 400).mean(dim=1)  # nats
+
+    elbo = net(*many, per_image=True, generators=generators(800, 7, 0))["elbo"].double()
+    bounds = [bound(k) for k in (1, 4, 16, 64)]
+    assert torch.allclose(bounds[0], -3 * elbo.view(2, 400).mean(dim=1), rtol=1e-6)
+    for i in range(2):
+        values = [b[i].item() for b in bounds]
+        assert values == sorted(values) and values[0] < exact[i] - 0.2
+        assert values[3] == pytest.approx(exact[i], abs=0.02)
+
+
+@torch.no_grad()
+def test_the_bound_is_the_textbook_one_on_average(by_hand):
+    """Without the control variate: log mean exp of log p(x, z) - log q(z | x), many times."""
+    H, net, batch, _ = by_hand
+    n, k_samples = 4000, 4
+    x, target = (t[:1].expand(n, -1, -1, -1) for t in batch)
+    log_weights = []
+    for k in range(k_samples):
+        px_z, stats = net.decoder(net.encoder(x), True, generators(n, 5, k), get_gaussians=True)
+        log_weight = -3 * net.decoder.out_net.nll(px_z, target)
+        for s in stats:
+            p = torch.distributions.Normal(s["pm"], s["pv"].exp())
+            q = torch.distributions.Normal(s["qm"], s["qv"].exp())
+            log_weight = log_weight + (p.log_prob(s["z"]) - q.log_prob(s["z"])).sum((1, 2, 3))
+        log_weights.append(log_weight)
+    textbook = torch.stack(log_weights).logsumexp(0) - math.log(k_samples)
+    ours = -3 * net.importance_weighted_elbo(x, target, k_samples, lambda k: generators(n, 5, k))
+    error = (textbook - ours).std().item() / math.sqrt(n)
+    assert textbook.mean().item() == pytest.approx(ours.mean().item(), abs=4 * error)

@@ -1,0 +1,159 @@
+"""What a run tells of itself: summary, rates, bound, progress line, TensorBoard."""
+
+import contextlib
+import json
+import os
+import pty
+import subprocess
+import sys
+import termios
+import threading
+
+import imageio.v3 as imageio
+import numpy as np
+import pytest
+import torch
+from fakes import tiny_network
+from golden import inputs, model
+from test_processes import REPO, environment
+
+import train
+from hps import UserError, get_hparams
+from reports import activation_bytes, summary, with_tensorboard
+from vae import VAE
+
+RUN = [sys.executable, REPO / "train.py", "--hps", "digits", *tiny_network(8), "--num_epochs=1"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """(its folder, its stdout, what the terminal showed that is its stderr) of a run."""
+    cwd = tmp_path_factory.mktemp("run")
+    ours, its = pty.openpty()
+    termios.tcsetwinsize(its, (24, 100))
+    shown = []
+
+    def read():
+        with contextlib.suppress(OSError):  # the terminal is closed
+            while True:
+                shown.append(os.read(ours, 4096))
+
+    argv = [*RUN, "--tensorboard", "--iw_samples=1"]
+    process = subprocess.Popen(
+        argv, cwd=cwd, env=environment(), stdout=subprocess.PIPE, stderr=its, text=True
+    )
+    os.close(its)
+    reader = threading.Thread(target=read)
+    reader.start()
+    out, _ = process.communicate()
+    reader.join()
+    os.close(ours)
+    terminal = b"".join(shown).decode()
+    assert process.returncode == 0, terminal
+    return cwd / "saved_models" / "test", out, terminal
+
+
+def events_of(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def test_rates_by_layer_and_resolution(run):
+    folder, _, _ = run
+    events = {e["type"]: e for e in events_of(folder) if "type" in e}
+    rates, loss = events["eval_rates"], events["eval_loss"]
+    assert rates["step"] == loss["step"] == 43 and len(rates["rate_per_layer"]) == 3
+    assert sum(rates["rate_per_layer"]) == pytest.approx(loss["rate"], rel=1e-4)
+    assert list(rates["rate_per_resolution"].values()) == rates["rate_per_layer"]  # one layer each
+    assert list(rates["rate_per_resolution"]) == ["1", "4", "8"]
+    assert imageio.imread(folder / "rates-43.png").shape[1] > 1000
+
+
+def test_one_sample_of_the_bound_is_the_elbo(run):
+    loss = next(e for e in events_of(run[0]) if e.get("type") == "eval_loss")
+    assert loss["iw_elbo"] == pytest.approx(loss["elbo"], rel=1e-6)
+
+
+def test_a_terminal_shows_the_time_left_and_files_do_not(run):
+    folder, out, terminal = run
+    assert "/43 [" in terminal and "bits/dim" in terminal and "steps/s" in terminal
+    assert (folder / "log.txt").read_text() == out  # and no line of the bar
+
+
+def test_tensorboard(run):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _, _ = run
+    scalars = EventAccumulator(str(folder))
+    scalars.Reload()
+    [point] = scalars.Scalars("eval_loss/bits_per_dim")
+    loss = next(e for e in events_of(folder) if e.get("type") == "eval_loss")
+    assert point.step == 43 and point.value == pytest.approx(loss["bits_per_dim"], rel=1e-6)
+    steps = [e["step"] for e in events_of(folder) if e.get("type") == "train_loss"]
+    assert [p.step for p in scalars.Scalars("train_loss/grad_norm")] == steps
+
+
+def test_tensorboard_that_is_not_installed(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        with_tensorboard(print, str(tmp_path))
+
+
+def test_dry_run_ends_after_the_summary(tmp_path):
+    argv = [*RUN, "--dry_run"]
+    done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""
+    for fact in (
+        "preset    digits", "parameters, 3 stochastic layers: 1 at 1x1, 1 at 4x4, 1 at 8x8",
+        "digits, 8x8, 1,397 to train on, 200 to validate", "cpu, fp32, 1 process",
+        "32 a process, 32 a step", "AdamW, lr 0.002 after 100 steps", "43 steps",
+        "MiB a process", str(tmp_path / "saved_models" / "test"),
+    ):  # fmt: skip
+        assert fact in done.stdout
+    assert "train_loss" not in done.stdout and not list(tmp_path.rglob("*.th"))
+
+
+def test_memory_of_activations_is_what_autograd_keeps():
+    """Counted without data for one image, against a real pass of four; constants count once."""
+    H = get_hparams("digits")
+    vae, x = VAE(H), torch.zeros(4, 8, 8, 3)
+    kept = {}
+
+    def pack(t):
+        kept[t.untyped_storage().data_ptr()] = t.untyped_storage()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        elbo = vae(x, x)["elbo"]
+    weights = {p.untyped_storage().data_ptr() for p in vae.parameters()}
+    real = sum(s.nbytes() for pointer, s in kept.items() if pointer not in weights)
+    assert elbo.requires_grad and 4 * activation_bytes(H) == pytest.approx(real, rel=0.05)
+
+
+def test_every_preset_has_a_summary():
+    H = get_hparams("ffhq1024", device="cpu", hparam_sets="ffhq1024")
+    with torch.device("meta"):
+        vae = VAE(H)
+    text = "\n".join(summary(H, vae, 65000, 5000))
+    assert "109,366,904 parameters, 70 stochastic layers" in text and "GiB a process" in text
+
+
+def test_evaluation_gives_the_rates_and_the_bound():
+    H, vae = model("tiny")
+    H.update(n_batch=4, seed=0, device="cpu")
+    levels = np.random.RandomState(0).randint(0, 256, (10, H.image_size, H.image_size, 3))
+    images = torch.utils.data.TensorDataset(torch.from_numpy(levels.astype(np.uint8)))
+    x, target = inputs(H, 10, 0)
+
+    def preprocess_fn(batch):
+        return x[: len(batch[0])], target[: len(batch[0])]
+
+    figures = {}
+    for k in (None, 1, 8):
+        H.iw_samples = k
+        figures[k] = train.evaluate(H, vae, images, preprocess_fn)
+        assert sum(figures[k]["rate_per_layer"]) == pytest.approx(figures[k]["rate"])
+    assert len(figures[1]["rate_per_layer"]) == len(vae.decoder.dec_blocks)
+    assert "iw_elbo" not in figures[None]
+    assert figures[1]["iw_elbo"] == pytest.approx(figures[1]["elbo"], rel=1e-6)
+    assert figures[8]["iw_elbo"] < figures[1]["iw_elbo"]
+    assert figures[8]["iw_bits_per_dim"] == pytest.approx(figures[8]["iw_elbo"] / np.log(2))

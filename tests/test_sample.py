@@ -1,0 +1,249 @@
+"""sample.py: its commands as a user runs them, in a process of their own where that matters."""
+
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from golden import weight
+from PIL import Image
+from test_processes import REPO, environment
+
+import sample
+from hps import UserError, get_hparams
+from train_helpers import load_model
+from vae import VAE
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """ema.th, the weights of the preset digits; a.png and b.jpg, pictures of another size."""
+    folder = tmp_path_factory.mktemp("sample")
+    vae = VAE(get_hparams("digits"))
+    torch.save({k: weight(k, v.shape) for k, v in vae.state_dict().items()}, folder / "ema.th")
+    pixels = np.random.RandomState(0).randint(0, 256, (2, 20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels[0]).save(folder / "a.png")
+    Image.fromarray(pixels[1]).convert("L").save(folder / "b.jpg")
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch):
+    """run("samples --n 4"): sample.py in this process, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("ema.th", "a.png", "b.jpg"):
+        (tmp_path / name).symlink_to(folder / name)
+
+    def run(line, weights="ema.th"):
+        argv = ["sample.py", "--restore_ema_path", weights, "--device", "cpu", *shlex.split(line)]
+        monkeypatch.setattr(sys, "argv", argv)
+        sample.main()
+
+    return run
+
+
+def arr_0(path="out.npz"):
+    with np.load(path) as file:
+        assert list(file) == ["arr_0"]
+        return file["arr_0"]
+
+
+def nearly_equal(a, b):
+    """Equal but for what the rounding of another batch size does."""
+    return a.shape == b.shape and (a != b).mean() < 0.01
+
+
+def test_samples_belong_to_their_index(run):
+    run("samples --n 10 --n_batch 4 --out a.npz --temperature 0.8 --seed 3")
+    a = arr_0("a.npz")
+    assert a.shape == (10, 8, 8, 3) and a.dtype == np.uint8
+    run("samples --n 7 --n_batch 7 --out b.npz --temperature 0.8 --seed 3")
+    assert nearly_equal(arr_0("b.npz"), a[:7])
+    run("samples --n 7 --out c.npz --temperature 0.8 --seed 4")
+    assert not nearly_equal(arr_0("c.npz"), a[:7])
+    run("samples --n 7 --out d.npz --temperature 1:0.8,4:0.8,8:0.8 --seed 3")
+    assert nearly_equal(arr_0("d.npz"), a[:7])
+    run("samples --n 7 --out e.npz --temperature 1:0.8,4:0.8 --seed 3")
+    assert not nearly_equal(arr_0("e.npz"), a[:7])
+
+
+def test_folder_of_pngs(run, tmp_path):
+    run("samples --n 5 --out a.npz")
+    run("samples --n 3 --out pngs --n_batch 2")
+    assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == [
+        "000000.png", "000001.png", "000002.png", "settings.json",
+    ]  # fmt: skip
+    run("samples --n 5 --out pngs --n_batch 2")  # more of them
+    pngs = np.stack([np.asarray(Image.open(f"pngs/{i:06}.png")) for i in range(5)])
+    assert nearly_equal(pngs, arr_0("a.npz"))
+    with pytest.raises(UserError, match="seed 0, not 1"):
+        run("samples --n 5 --out pngs --seed 1")
+    run("samples --n 5 --out pngs --seed 1 --force")
+    assert np.asarray(Image.open("pngs/000000.png")).tolist() != pngs[0].tolist()
+
+
+def test_a_killed_run_goes_on_where_it_stopped(run, tmp_path):
+    """SIGKILL in the middle; then the same command, and the file is that of a run in one go."""
+    line = "samples --n 40 --n_batch 4 --out killed.npz"
+    argv = [sys.executable, REPO / "sample.py", "--restore_ema_path", "ema.th", *line.split()]
+    process = subprocess.Popen(argv, env=environment(), cwd=tmp_path)
+    part, deadline = tmp_path / "killed.npz.part", time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size > 8 * 8 * 3 * 4):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = part.stat().st_size
+    assert not (tmp_path / "killed.npz").exists() and done < 40 * 8 * 8 * 3
+    part.write_bytes(part.read_bytes()[: 8 * 8 * 3 * 4] + b"in the middle of an image")
+    kept = part.read_bytes()[: 8 * 8 * 3 * 4]
+    with pytest.raises(UserError, match="temperature 1.0, not 0.5"):
+        run(f"{line} --temperature 0.5")
+    made, forward = [], VAE.forward_uncond_samples
+    VAE.forward_uncond_samples = lambda self, n, *args: made.append(n) or forward(self, n, *args)
+    try:
+        run(line)
+    finally:
+        VAE.forward_uncond_samples = forward
+    assert sum(made) == 36  # the first batch was there
+    run("samples --n 40 --n_batch 4 --out whole.npz")
+    assert np.array_equal(arr_0("killed.npz"), arr_0("whole.npz"))
+    assert arr_0("killed.npz")[:4].tobytes() == kept
+    assert not list(tmp_path.glob("*part*"))
+
+
+def test_encode_and_decode_are_reconstruct(run):
+    """Byte for byte: both draw an image's latents, and then its pixels, from the same noise."""
+    run("reconstruct a.png b.jpg --out r.npz")
+    run("encode a.png b.jpg --gaussians")
+    run("decode latents.npz --out d.npz")
+    assert np.array_equal(arr_0("r.npz"), arr_0("d.npz")) and arr_0("d.npz").shape == (2, 8, 8, 3)
+    with np.load("latents.npz") as file:
+        assert str(file["preset"]) == "digits" and file["images"].tolist() == ["a.png", "b.jpg"]
+        for i, r in enumerate([1] * 2 + [4] * 4 + [8] * 5):
+            for name in ("z", "qm", "qv", "pm", "pv"):
+                assert file[f"{name}{i:03}"].shape == (2, 8, r, r)
+            assert file[f"rate{i:03}"].shape == (2,)
+        partial = {f"z{i:03}": file[f"z{i:03}"] for i in range(3)}
+        np.savez("three.npz", **partial)
+        np.savez("wrong.npz", z000=file["z010"])
+    run("decode three.npz --out three_of_file.npz")  # the others are sampled
+    run("decode latents.npz --layers 3 --out three_of_all.npz")
+    assert np.array_equal(arr_0("three_of_file.npz"), arr_0("three_of_all.npz"))
+    assert not np.array_equal(arr_0("three_of_all.npz"), arr_0("d.npz"))
+    with pytest.raises(UserError, match="z000 is .*8, 8.*1, 1"):
+        run("decode wrong.npz --force")
+
+
+def test_keeping_up_to_a_resolution_is_keeping_its_layers(run):
+    run("reconstruct a.png --layers 6 --mean --out a.npz")
+    run("reconstruct a.png --resolution 4 --mean --out b.npz")
+    assert np.array_equal(arr_0("a.npz"), arr_0("b.npz"))
+
+
+def test_interpolate_ends_at_the_reconstructions(run):
+    run("interpolate a.png b.jpg --steps 5 --mean --out i.npz")
+    run("reconstruct a.png --mean --out a.npz")  # the noise of image 0, as all steps have
+    run("reconstruct b.jpg --mean --out b.npz")
+    frames = arr_0("i.npz").astype(int)
+    for frame, end in ((frames[0], arr_0("a.npz")[0]), (frames[4], arr_0("b.npz")[0])):
+        assert abs(frame - end).max() <= 1  # a lerp's rounding
+    gaps = [abs(frames[i + 1] - frames[i]).mean() for i in range(4)]
+    assert max(gaps) < abs(frames[4] - frames[0]).mean()
+
+
+def test_progressive_ends_at_the_image_itself(run):
+    run("progressive --n 3 --mean --temperature 0.7 --out p.npz")
+    rows = arr_0("p.npz").reshape(3, 3, 8, 8, 3)  # 1x1, 4x4, 8x8; three samples
+    run("progressive --n 3 --mean --temperature 0.7 --rest 0.7 --out q.npz")
+    others = arr_0("q.npz").reshape(3, 3, 8, 8, 3)
+    assert np.array_equal(rows[2], others[2])
+    assert all(np.array_equal(others[i], others[2]) for i in (0, 1))
+    assert not np.array_equal(rows[0], rows[2])
+    run("progressive a.png b.jpg --mean --out p2.npz")
+    run("reconstruct a.png b.jpg --mean --out r.npz")
+    assert np.array_equal(arr_0("p2.npz")[4:], arr_0("r.npz"))
+
+
+@pytest.mark.parametrize(
+    "line, width, height",
+    [
+        ("samples --n 20 --out g.png", 8 * 68, 3 * 68),
+        ("reconstruct a.png b.jpg --out g.png", 2 * 68, 2 * 68),
+        ("interpolate a.png b.jpg --steps 3 --out g.png", 5 * 68, 68),
+        ("progressive a.png b.jpg --out g.png", 2 * 68, 4 * 68),
+    ],
+)
+def test_grids(run, line, width, height):
+    run(line)
+    picture = Image.open("g.png")
+    # Images of 8 pixels are enlarged to 64; beside and above them stand the words.
+    assert width < picture.width < width + 250 and height < picture.height < height + 50
+    pixels = np.asarray(picture)
+    assert (pixels[: picture.height - height] < 128).any()
+
+
+def test_errors_are_one_line(run, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    run("samples --n 1 --out taken.png")
+    before = (tmp_path / "taken.png").read_bytes()
+    for line, words in [
+        ("samples --out taken.png", "taken.png exists already.*--force"),
+        ("samples --n 2000", "2000 images in one grid"),
+        ("samples --out no/folder/a.npz", "no/folder/a.npz can't be written"),
+        ("samples --temperature 2:0.5", "resolution 2: .* 1, 4, 8"),
+        ("samples --temperature 1:a", "'a'"),
+        ("samples --layer 3", "--layer.*--layers"),
+        ("samples --zdim 3", "--zdim.*--hps"),
+        ("reconstruct text.png", "text.png cannot be decoded"),
+        ("reconstruct a.png --layers 12", "--layers 12: this model has 11 layers"),
+        ("reconstruct a.png --resolution 2", "--resolution 2: .* 1, 4, 8"),
+        ("decode a.png", "a.png holds no latents"),
+        ("decode absent.npz", "absent.npz does not exist"),
+        ("encode a.png --out a.png", "exists"),
+        ("encode a.png --out b.png", ".npz"),
+        ("--hps cifar10 samples", "holds the digits model"),
+    ]:
+        with pytest.raises(UserError, match=words) as error:
+            run(line)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="--restore_ema_path"):
+        run("samples", weights="")
+    assert (tmp_path / "taken.png").read_bytes() == before
+
+
+def test_weights_of_no_preset(run, tmp_path):
+    H = get_hparams("digits", zdim=3)
+    torch.save(VAE(H).state_dict(), tmp_path / "other.th")
+    with pytest.raises(UserError, match="none of the presets.*--hps"):
+        run("samples", weights="other.th")
+    run("--hps digits --zdim 3 samples --n 2 --out out.npz", weights="other.th")
+    assert len(arr_0()) == 2
+
+
+def test_a_model_needs_no_data_no_mpi_no_argv(folder):
+    code = (
+        "import sys\n"
+        "for name in ('mpi4py', 'sklearn', 'apex', 'matplotlib'):\n"
+        "    sys.modules[name] = None\n"
+        "from train_helpers import load_model\n"
+        "model = load_model('ema.th')\n"
+        "assert model.H.hparam_sets == 'digits' and not model.training\n"
+        "assert not any(p.requires_grad for p in model.parameters())\n"
+    )
+    argv = [sys.executable, "-c", code, "--no_such_option"]
+    env = environment(PYTHONPATH=str(REPO))
+    done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+def test_load_model_takes_a_preset_or_hyperparameters(folder):
+    path = str(folder / "ema.th")
+    one, two = load_model(path, "digits", "cpu"), load_model(path, get_hparams("digits"))
+    assert all(map(torch.equal, one.parameters(), two.parameters()))
+    with pytest.raises(UserError, match="digits"):
+        load_model(path, "photos32")
