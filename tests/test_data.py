@@ -26,6 +26,7 @@ from data import (
     Images,
     NpyImages,
     fit,
+    keep_image_record,
     make_loader,
     make_preprocess,
     set_up_data,
@@ -621,6 +622,8 @@ def test_a_run_keeps_its_statistics_and_split(tmp_path):
     write_photos(root, n=50)
     H = own_H(root, run=run)
     array, (train, valid, test) = everything(H)
+    assert not list(run.iterdir())  # until the run trains
+    keep_image_record(H)
     record = json.loads((run / "images.json").read_text())
     assert np.isclose(record["mean"], array[train].mean()) and record["mean"] == H.image_mean
     assert np.isclose(record["std"], array[train].std()) and record["std"] == H.image_std
@@ -635,6 +638,7 @@ def test_a_run_keeps_its_statistics_and_split(tmp_path):
         splits = everything(restored)[1]
         assert (restored.image_mean, restored.image_std) == (1.0, 2.0)
         assert [part.tolist() for part in splits] == [list(range(5, 50)), [0, 1, 2], [3, 4]]
+        keep_image_record(restored)
         assert json.loads((Path(restored.logdir).parent / "images.json").read_text()) == record
     batch = [torch.full((1, 16, 16, 3), 7, dtype=torch.uint8)]
     assert float(set_up_data(restored)[3](batch)[0].mean()) == 3.0  # (7 - 1) / 2
