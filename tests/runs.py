@@ -5,6 +5,7 @@ import hashlib
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,8 @@ def _run(argv, output, errors, wrap, environ, cwd):
     """In the new process: train.py's main with argv, after `wrap`, what it prints in a file."""
     import train
 
+    # Daemonic, it dies with the tests; only that multiprocessing lets it have no loader workers.
+    multiprocessing.current_process()._config.pop("daemon")
     for path, descriptor in ((output, 1), (errors, 2)):
         if path:
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
@@ -73,6 +76,34 @@ class Run:
     def kill(self):
         self.process.kill()
         self.process.join()
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(size, argv, folder, wrap=None, **environ):
+    """`size` processes as srun starts them, each with a file of what it prints."""
+    port = free_port()
+    return [
+        Run(
+            [*argv, "--save_dir", folder, "--port", port],
+            folder / f"out{rank}",
+            wrap,
+            environ
+            | {
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+                "SLURM_STEP_ID": "0",
+                "SLURM_STEP_NUM_TASKS": str(size),
+                "SLURM_STEP_TASKS_PER_NODE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+            },
+        )
+        for rank in range(size)
+    ]
 
 
 def command(argv, launcher=(), **options):
