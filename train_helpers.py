@@ -550,7 +550,8 @@ def save_run(path, vae, ema_vae, optimizer, H, state):
             "sha256": {name: sha256(os.path.join(partial, name)) for name in os.listdir(partial)},
         }
         # It is the last file of a set.
-        Path(partial, "state.json").write_text(json.dumps(content, default=str))
+        with open(os.path.join(partial, "state.json"), "w") as file:
+            file.write(json.dumps(content, default=str))
 
     _adopt_plain_files(folder, prefix)
     _make_set(folder, prefix, fill)

@@ -195,7 +195,9 @@ def init_processes(device_type, port, timeout):
         if me.rank != 0:
             store = dist.TCPStore(host, port, me.size, is_master=False, timeout=limit)
         _store = store
-    dist.init_process_group(backend, store=_store, rank=me.rank, world_size=me.size, timeout=limit)
+    # The watch comes first: it says who is missing, where NCCL's own would abort the process.
+    later = limit + datetime.timedelta(seconds=2)
+    dist.init_process_group(backend, store=_store, rank=me.rank, world_size=me.size, timeout=later)
     threading.Thread(target=_watch, args=(timeout,), daemon=True).start()
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -76,6 +77,31 @@ class Run:
     def kill(self):
         self.process.kill()
         self.process.join()
+
+
+class Signal:
+    """Sends the run's process group, in its n-th training step or batch of an evaluation, a signal.
+
+    As a terminal and most schedulers do: a run's loader workers get it too.
+    """
+
+    def __init__(self, number, where, n):
+        self.number, self.where, self.n = number, where, n
+
+    def __call__(self):
+        import train
+
+        os.setsid()
+        name = "training_step" if self.where == "step" else "heartbeat"
+        original, calls = getattr(train, name), itertools.count(1)
+
+        def wrapped(*args):
+            evaluating = not args
+            if (name == "training_step" or evaluating) and next(calls) == self.n:
+                os.killpg(0, self.number)
+            return original(*args)
+
+        setattr(train, name, wrapped)
 
 
 def free_port():

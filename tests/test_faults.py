@@ -17,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from runs import ENV, ROOT, SMALL, Run, check_latest, events, figures, hashes
+from runs import ENV, ROOT, SMALL, Run, Signal, check_latest, events, figures, hashes
 from torch import nn
 
 import train_helpers
@@ -49,7 +49,7 @@ class Fault:
     def __init__(self, n, strike):
         self.n, self.strike, self.calls = n, strike, itertools.count()
         for module, names in (
-            (os, ("mkdir", "fsync", "rename", "replace", "symlink", "unlink", "rmdir")),
+            (os, ("mkdir", "fsync", "rename", "replace", "symlink", "link", "unlink", "rmdir")),
             (train_helpers.shutil, ("copyfile",)),
         ):
             for name in names:
@@ -63,7 +63,7 @@ class Fault:
 
             def write(self, data):
                 if next(fault.calls) == fault.n:
-                    self.file.write(bytes(data)[: len(data) // 2])
+                    self.file.write(data[: len(data) // 2])
                     self.file.flush()
                     fault.strike()
                 return self.file.write(data)
@@ -368,7 +368,9 @@ def test_a_log_cut_short_or_lost(whole, tmp_path):
     options = [*RUN, "--save_dir", tmp_path]
     folder = tmp_path / "test"
     for mend in ("cut", "lost"):
-        run = Run(options, tmp_path / "o", StopAt(9 if mend == "cut" else 3))
+        run = Run(
+            options, tmp_path / "o", Signal(signal.SIGTERM, "step", 9 if mend == "cut" else 3)
+        )
         assert run.wait()[0] == 143
         if mend == "cut":
             for name in ("log.jsonl", "log.txt"):
@@ -388,23 +390,6 @@ def test_a_log_cut_short_or_lost(whole, tmp_path):
     assert len(lines) == 2 and json.loads(lines[1])["message"] == "two"
 
 
-class StopAt:
-    def __init__(self, n):
-        self.n = n
-
-    def __call__(self):
-        import train
-
-        original, calls = train.training_step, itertools.count(1)
-
-        def wrapped(*args):
-            if next(calls) == self.n:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(*args)
-
-        train.training_step = wrapped
-
-
 def _clock_goes_backwards():
     now, calls = time.time(), itertools.count()
     time.time = lambda: now - 1000.0 * next(calls)
@@ -414,7 +399,7 @@ def test_a_clock_that_goes_backwards(whole, tmp_path):
     """The order of the sets is that of their numbers."""
     options = [*RUN, "--save_dir", tmp_path]
     for step in (7, 9):
-        assert Run(options, tmp_path / "o", StopAt(step)).wait()[0] == 143
+        assert Run(options, tmp_path / "o", Signal(signal.SIGTERM, "step", step)).wait()[0] == 143
         for path in Path(tmp_path / "test" / "sets").glob("0*"):
             os.utime(path, (0, 10**9 - int(path.name[:6])))
     assert check_latest(tmp_path / "test") == 16

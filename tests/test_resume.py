@@ -1,6 +1,5 @@
 """A run that is stopped, killed and taken up again is the run that never was, bit for bit."""
 
-import itertools
 import json
 import os
 import random
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import SMALL, Run, check_latest, command, events, figures, hashes, start
+from runs import SMALL, Run, Signal, check_latest, command, events, figures, hashes, start
 
 RUN = [*SMALL, "--iters_per_save", "4", "--iters_per_ckpt", "10", "--resume"]
 STEPS = 39
@@ -45,44 +44,17 @@ def test_what_a_set_holds(whole):
 
 
 @pytest.mark.parametrize(
-    "number, wrapped",
-    [(signal.SIGTERM, "stop_at_18"), (signal.SIGINT, "stop_in_the_evaluation")],
+    "number, where, n, saved_at", [(signal.SIGTERM, "step", 18, 18), (signal.SIGINT, "eval", 2, 13)]
 )
-def test_a_signal_saves_and_ends(wrapped, number, whole, tmp_path):
-    wrap = {"stop_at_18": Signal(number, "step", 18),
-            "stop_in_the_evaluation": Signal(number, "eval", 2)}[wrapped]  # fmt: skip
-    status, text = Run([*RUN, "--save_dir", tmp_path], tmp_path / "out", wrap).wait()
+def test_a_signal_saves_and_ends(number, where, n, saved_at, whole, tmp_path):
+    options = [*RUN, "--save_dir", tmp_path]
+    status, text = Run(options, tmp_path / "out", Signal(number, where, n)).wait()
     assert status == 128 + number and text.splitlines()[-1].startswith("stopped")
     assert number.name in text and "Traceback" not in text
-    assert check_latest(tmp_path / "test") == (18 if wrapped == "stop_at_18" else 13)
-    status, text = Run([*RUN, "--save_dir", tmp_path], tmp_path / "out").wait()
+    assert check_latest(tmp_path / "test") == saved_at
+    status, text = Run(options, tmp_path / "out").wait()
     assert status == 0 and "resuming from" in text
     assert_same(tmp_path / "test", whole)
-
-
-class Signal:
-    """Sends the run's process group, in its n-th training step or batch of an evaluation, a signal.
-
-    As a terminal and most schedulers do: a run's loader workers get it too.
-    """
-
-    def __init__(self, number, where, n):
-        self.number, self.where, self.n = number, where, n
-
-    def __call__(self):
-        import train
-
-        os.setsid()
-        name = "training_step" if self.where == "step" else "heartbeat"
-        original, calls = getattr(train, name), itertools.count(1)
-
-        def wrapped(*args):
-            evaluating = not args
-            if (name == "training_step" or evaluating) and next(calls) == self.n:
-                os.killpg(0, self.number)
-            return original(*args)
-
-        setattr(train, name, wrapped)
 
 
 def _kill_and_resume(folder, whole, kills, rng, longest):
