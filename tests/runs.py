@@ -33,6 +33,7 @@ def _run(argv, output, errors, wrap, environ, cwd):
 
     # Daemonic, it dies with the tests; only that multiprocessing lets it have no loader workers.
     multiprocessing.current_process()._config.pop("daemon")
+    multiprocessing.set_start_method("fork", force=True)  # Python 3.11's own, not the fork server's
     for path, descriptor in ((output, 1), (errors, 2)):
         if path:
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)

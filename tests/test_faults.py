@@ -43,6 +43,12 @@ def _save(folder, step, prefix="latest", fault=None):
 NO_SUCH_POINT = 3
 
 
+@pytest.fixture(scope="module", autouse=True)
+def warm(tmp_path_factory):
+    """What a first save imports is imported here, and not in every fork: a second each."""
+    _save(tmp_path_factory.mktemp("warm"), 0)
+
+
 class Fault:
     """Breaks the n-th operation on files of train_helpers, before it or, a write, in its middle."""
 
