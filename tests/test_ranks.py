@@ -116,6 +116,8 @@ def test_what_is_not_finite_on_one_rank_reaches_no_weight_on_any(size, kinds, tm
     lines = [e for e in events(tmp_path / "test") if e.get("type") == "train_loss"]
     skipped = [e["step"] for e in lines if e["skipped_updates"]]
     assert unchanged == skipped == [6, 8, 10][: len(kinds)]
+    if kinds[0] == "nan_input":
+        assert lines[5]["distortion_nans"] == 1  # one rank's NaN counts as one on all
 
 
 def _packs_slowly():
