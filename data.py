@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -154,6 +155,15 @@ def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
+def _leave_signals_to_the_parent(_):
+    """In a loader worker: a signal to the whole process group is a request to the run, not to it.
+
+    The worker ends when the run does.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_loader(H, images, **batching):
     """A DataLoader of batches [uint8 (N, S, S, 3)], in H.num_workers processes, pinned for CUDA.
 
@@ -170,7 +180,12 @@ def make_loader(H, images, **batching):
         workers = min(4, cores) if H.dataset == "ffhq_1024" else int(cuda)
     # A generator of its own: by default it would draw from the one that makes the noise.
     return _Loader(
-        images, num_workers=workers, pin_memory=cuda, generator=torch.Generator(), **batching
+        images,
+        num_workers=workers,
+        pin_memory=cuda,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),
+        **batching,
     )
 
 
@@ -711,10 +726,11 @@ def read_record(path, keys):
 
 
 def load_images(H):
-    """The user's own images; sets H.image_size, H.image_mean and H.image_std.
+    """The user's own images; sets H.image_size, H.image_mean, H.image_std and H.image_record.
 
-    Mean, std and split are kept in images.json in the run's folder. A run that restores the weights
-    of another takes the mean and std of that one, and its split where the images are the same.
+    The record has mean, std and split, and is images.json in the run's folder once the run trains,
+    see keep_image_record. A run that restores the weights of another takes the mean and std of that
+    one, and its split where the images are the same.
 
     Raises:
         UserError: as open_own; if the run's folder tells of other images, or of another mean and
@@ -743,13 +759,17 @@ def load_images(H):
             if own["sha256"] == record["sha256"]:
                 others = "another mean, std or split than the restored weights'"
             raise UserError(f"{path} tells of {others}: choose another --desc, or delete it")
-        if mpi_rank() == 0:
-            mkdir_p(path.parent)
-            write_json(path, record)
     H.image_size, H.image_mean, H.image_std = size, record["mean"], record["std"]
+    H.image_record = record
     valid, test = (np.array(record[key], dtype=np.int64) for key in ("valid", "test"))
     train = train_indices(n, valid, test)
     return Images(array, train), Images(array, valid), Images(array, test)
+
+
+def keep_image_record(H):
+    """Writes what load_images has found out, where there are own images, into the run's folder."""
+    if H.image_record:
+        write_json(Path(H.logdir).with_name("images.json"), H.image_record)
 
 
 LOADERS = {

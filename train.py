@@ -341,10 +341,10 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
                 save(f"iter-{iterate}")
             if iterate % H.iters_per_save == 0 and math.isfinite(stats[-1]["elbo"]):
                 save("latest")
-            if skips == H.max_skips:
+            if H.max_skips and skips >= H.max_skips:  # more after a resume that changed nothing
                 save("latest", last=True)
                 raise UserError(
-                    f"--max_skips {H.max_skips}: as many updates in a row were skipped (last "
+                    f"--max_skips {H.max_skips}: {skips} updates in a row were skipped (last "
                     f"gradient norm {stats[-1]['grad_norm']:.4g}, --skip_threshold "
                     f"{H.skip_threshold:g}); restore an earlier checkpoint with a lower --lr, or "
                     f"raise --skip_threshold"

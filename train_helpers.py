@@ -22,7 +22,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from data import mkdir_p, read_json
+from data import keep_image_record, mkdir_p, read_json
 from hps import (
     HPARAMS_REGISTRY,
     OPTIONS,
@@ -137,8 +137,8 @@ def open_run(H):
             release_log()
         except OSError as error:
             raise UserError(
-                f"{error.filename} can't be written ({error.strerror}): choose another folder with "
-                f"--save_dir or --desc"
+                f"{error.filename or H.save_dir} can't be written ({error.strerror}): make room, "
+                f"or choose another folder with --save_dir or --desc"
             ) from None
 
     from_rank_0(begin)
@@ -157,21 +157,21 @@ def lock_run(folder):
     path = os.path.join(folder, "lock")
     try:
         file = open(path, "a+")
-    except OSError as error:
-        raise UserError(
-            f"{path} can't be written ({error.strerror}): choose another folder with --save_dir"
-        ) from None
-    try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except BlockingIOError:
         file.seek(0)
         raise UserError(
-            f"{folder} is in use by {file.read().strip() or 'another run'} ({error.strerror}): "
-            f"stop that run first, or name another folder with --desc"
+            f"{folder} is in use by {file.read().strip() or 'another run'}: stop that run first, "
+            f"or name another folder with --desc"
         ) from None
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-    file.flush()
+    except OSError as error:
+        raise UserError(
+            f"{path} can't be written or locked ({error.strerror}): make room, or choose another "
+            f"folder with --save_dir"
+        ) from None
     return file
 
 
@@ -180,7 +180,14 @@ def claim_run(H):
 
     def claim():
         lock_run(H.save_dir)
-        mend_sets(H.save_dir)
+        try:
+            mend_sets(H.save_dir)
+            keep_image_record(H)
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or H.save_dir} can't be written ({error.strerror}): make room, "
+                f"or choose another folder with --save_dir"
+            ) from None
 
     from_rank_0(claim)
     open_run(H)
@@ -497,6 +504,7 @@ def _make_set(folder, prefix, fill):
     serial = 1 + max((serial for serial, _, _ in complete_sets(folder)), default=0)
     path = os.path.join(sets, f"{serial:06}-{prefix}")
     partial = f"{path}.partial"
+    shutil.rmtree(partial, ignore_errors=True)  # of a save that could not even clean up
     try:
         os.mkdir(partial)
         fill(partial)
@@ -548,7 +556,8 @@ def _adopt_plain_files(folder, prefix):
 
 def _remove_set(path):
     os.rename(path, f"{path}.partial")  # no kill leaves half of a set that counts as complete
-    shutil.rmtree(f"{path}.partial")
+    # NFS keeps files that another process reads; the next start removes what is left.
+    shutil.rmtree(f"{path}.partial", ignore_errors=True)
 
 
 def remove_old_sets(folder, keep):
@@ -557,22 +566,21 @@ def remove_old_sets(folder, keep):
         _remove_set(path)
         for name in SET_NAMES:
             Path(folder, f"{prefix}-{name}").unlink(missing_ok=True)
-        Path(folder, "sets", prefix).unlink()
+        Path(folder, "sets", prefix).unlink(missing_ok=True)
 
 
 def mend_sets(folder):
     """Ends what a kill has interrupted: half a set goes, a complete one gets its names."""
     folder, sets = Path(folder), Path(folder, "sets")
-    links = [path for path in [*folder.glob("*"), *sets.glob("*")] if path.is_symlink()]
     for path in sets.glob("*.partial"):
         path.unlink() if path.is_symlink() else shutil.rmtree(path)
     for prefix in {prefix for _, prefix, _ in complete_sets(folder)}:
         _adopt_plain_files(folder, prefix)
         _show_newest_set(folder, prefix)
-    for path in links:
-        ours = path.parent == sets or path.is_symlink() and path.readlink().parts[0] == "sets"
-        if ours and not path.exists():
-            path.unlink(missing_ok=True)
+    for path in [*folder.glob("*"), *sets.glob("*")]:
+        if path.is_symlink() and not path.exists():
+            if path.parent == sets or path.readlink().parts[:1] == ("sets",):
+                path.unlink()
     for path in folder.glob("samples-*.partial"):
         path.unlink()
 
@@ -605,12 +613,13 @@ def save_run(path, vae, ema_vae, optimizer, H, state):
             shutil.copyfile(log, os.path.join(partial, "log.jsonl"))
         content = {
             **state,
-            "hparams": {k: v for k, v in H.items() if k != "resumed"},
+            "hparams": {k: v for k, v in H.items() if k not in ("resumed", "image_record")},
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
             "sha256": {name: sha256(os.path.join(partial, name)) for name in os.listdir(partial)},
         }
         # It is the last file of a set.
-        Path(partial, "state.json").write_text(json.dumps(content, default=str))
+        with open(os.path.join(partial, "state.json"), "w") as file:
+            file.write(json.dumps(content, default=str))
 
     _adopt_plain_files(folder, prefix)
     _make_set(folder, prefix, fill)

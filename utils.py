@@ -1,5 +1,6 @@
 """Small tools that know no VAE: processes and ranks, reductions, logs, pictures, downloads."""
 
+import contextlib
 import dataclasses
 import datetime
 import functools
@@ -195,7 +196,9 @@ def init_processes(device_type, port, timeout):
         if me.rank != 0:
             store = dist.TCPStore(host, port, me.size, is_master=False, timeout=limit)
         _store = store
-    dist.init_process_group(backend, store=_store, rank=me.rank, world_size=me.size, timeout=limit)
+    # The watch comes first: it says who is missing, where NCCL's own would abort the process.
+    later = limit + datetime.timedelta(seconds=2)
+    dist.init_process_group(backend, store=_store, rank=me.rank, world_size=me.size, timeout=later)
     threading.Thread(target=_watch, args=(timeout,), daemon=True).start()
 
 
@@ -331,7 +334,7 @@ def _end_process(status, text, lost=False):
     def speak(text):
         if me.size > 1:
             text = "\n".join(f"rank {me.rank}: {line}" for line in text.splitlines())
-        print(text, file=sys.stderr, flush=True)
+        say(text, sys.stderr)
 
     if lost:
         speak("\n".join([f"error: {text}", *_roll_call(_place())]))
@@ -403,9 +406,7 @@ def _leave(status):
             from mpi4py import MPI
 
             MPI.Finalize()
-        _exit(status)
-    if status:
-        sys.exit(status)
+    _exit(status)
 
 
 def _exit(status):
@@ -414,8 +415,17 @@ def _exit(status):
     With a peer gone, the destructors of the communication library may wait for ever, and even
     after a run that went well they now and then abort the process.
     """
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
     os._exit(status)
+
+
+def say(text, file=None):
+    """Prints text above any progress bar; a full disk or a closed pipe costs it, not the run."""
+    file = file or sys.stdout
+    with contextlib.suppress(OSError):
+        tqdm.write(str(text), file=file)
+        file.flush()
 
 
 def run_command(main):
@@ -432,7 +442,7 @@ def run_command(main):
         except Stopped as error:
             status = error.status
             if mpi_rank() == 0:
-                print(error, file=sys.stderr, flush=True)
+                say(error, sys.stderr)
         _leave(status)
     except UserError as error:
         _end_process(2, f"error: {error}")
@@ -462,8 +472,10 @@ def get_cpu_stats_over_ranks(stat_dict):
     All of them travel in one vector: one reduction and one device synchronisation.
     """
     device = next((v.device for v in stat_dict.values() if torch.is_tensor(v)), None)
+    # torch.full makes a number on the device, where as_tensor would copy it there and wait.
     values = [
-        torch.as_tensor(v, dtype=torch.float32, device=device).detach() for v in stat_dict.values()
+        v.detach().float() if torch.is_tensor(v) else torch.full((), float(v), device=device)
+        for v in stat_dict.values()
     ]
     return dict(zip(stat_dict, allreduce(torch.stack(values), average=True).tolist(), strict=True))
 
@@ -540,17 +552,12 @@ def logger(log_prefix):
         text = ", ".join(
             f"{k}: {v:.5g}" if isinstance(v, float) else f"{k}: {v}" for k, v in event.items()
         )
-        tqdm.write(text)  # above a progress bar, if there is one
-        sys.stdout.flush()
+        say(text)
         for path, line in ((f"{log_prefix}.jsonl", json.dumps(event)), (f"{log_prefix}.txt", text)):
             try:
                 _append(path, line)
             except OSError as error:
-                print(
-                    f"WARNING: {path} lacks this line ({error.strerror})",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                say(f"WARNING: {path} lacks this line ({error.strerror})", sys.stderr)
 
     return log
 

@@ -1,4 +1,7 @@
-"""train.py with a fault on one rank: `faulty_train.py KIND RANK STEP ARGUMENTS OF TRAIN.PY...`.
+"""train.py with a fault on one rank: `faulty_train.py KINDS RANK STEP ARGUMENTS OF TRAIN.PY...`.
+
+KINDS, with commas between them: the first strikes in the step of that number, the next two steps
+later.
 
 Every rank writes the hash of its weights, EMA and optimizer after each step into $HASHES, if set.
 """
@@ -15,10 +18,11 @@ import torch
 
 
 class Fault:
-    """Wraps train.training_step: on `rank`, the step of number `step` meets the fault `kind`."""
+    """Wraps train.training_step: on `rank`, step `step` and every second after it meet a fault."""
 
-    def __init__(self, kind, rank, step):
-        self.kind, self.rank, self.step = kind, int(rank), int(step)
+    def __init__(self, kinds, rank, step):
+        self.rank = int(rank)
+        self.kinds = {int(step) + 2 * i: kind for i, kind in enumerate(kinds.split(","))}
 
     def __call__(self):
         import train
@@ -27,8 +31,9 @@ class Fault:
 
         def wrapped(H, x, target, vae, ema_vae, optimizer, iterate):
             hooks = []
-            if next(calls) == self.step and train.mpi_rank() == self.rank:
-                hooks = self.strike(x, target, vae)
+            kind = self.kinds.get(next(calls))
+            if kind and train.mpi_rank() == self.rank:
+                hooks = self.strike(kind, x, target, vae)
             stats = original(H, x, target, vae, ema_vae, optimizer, iterate)
             for hook in hooks:
                 hook.remove()
@@ -38,25 +43,25 @@ class Fault:
 
         train.training_step = wrapped
 
-    def strike(self, x, target, vae):
-        if self.kind == "kill":
+    def strike(self, kind, x, target, vae):
+        if kind == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
-        if self.kind == "stop":  # hangs with all its threads, as on a dead host
+        if kind == "stop":  # hangs with all its threads, as on a dead host
             os.kill(os.getpid(), signal.SIGSTOP)
-        if self.kind == "hang":  # hangs in this thread
+        if kind == "hang":  # hangs in this thread
             time.sleep(1000)
-        if self.kind == "raise":
+        if kind == "raise":
             raise ValueError("a fault of this rank alone")
-        if self.kind == "sigterm":
+        if kind == "sigterm":
             os.kill(os.getpid(), signal.SIGTERM)
-        if self.kind == "nan_input":
+        if kind == "nan_input":
             x[0, 0, 0, 0] = math.nan
-        if self.kind == "inf_input":
+        if kind == "inf_input":
             x[0, 0, 0, 0] = math.inf
-        if self.kind == "inf_target":
+        if kind == "inf_target":
             target[0, 0, 0, 0] = math.inf
-        if self.kind.endswith("_gradient"):
-            value = math.inf if self.kind == "inf_gradient" else math.nan
+        if kind.endswith("_gradient"):
+            value = math.inf if kind == "inf_gradient" else math.nan
             return [vae.module.decoder.gain.register_hook(lambda g: g * value)]
         return []
 

@@ -2,9 +2,11 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +31,9 @@ def _run(argv, output, errors, wrap, environ, cwd):
     """In the new process: train.py's main with argv, after `wrap`, what it prints in a file."""
     import train
 
+    # Daemonic, it dies with the tests; only that multiprocessing lets it have no loader workers.
+    multiprocessing.current_process()._config.pop("daemon")
+    multiprocessing.set_start_method("fork", force=True)  # Python 3.11's own, not the fork server's
     for path, descriptor in ((output, 1), (errors, 2)):
         if path:
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
@@ -73,6 +78,61 @@ class Run:
     def kill(self):
         self.process.kill()
         self.process.join()
+
+
+class Signal:
+    """Sends the run's process group, in its n-th training step or batch of an evaluation, a signal.
+
+    As a terminal and most schedulers do: a run's loader workers get it too.
+    """
+
+    def __init__(self, number, where, n):
+        self.number, self.where, self.n = number, where, n
+
+    def __call__(self):
+        import train
+
+        os.setsid()
+        name = "training_step" if self.where == "step" else "heartbeat"
+        original, calls = getattr(train, name), itertools.count(1)
+
+        def wrapped(*args):
+            evaluating = not args
+            if (name == "training_step" or evaluating) and next(calls) == self.n:
+                # Not by this process: a loader worker takes its parent's SIGTERM for a good end.
+                kill = ["kill", f"-{int(self.number)}", "--", f"-{os.getpgrp()}"]
+                subprocess.run(kill, start_new_session=True)
+            return original(*args)
+
+        setattr(train, name, wrapped)
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def start(size, argv, folder, wrap=None, **environ):
+    """`size` processes as srun starts them, each with a file of what it prints."""
+    port = free_port()
+    return [
+        Run(
+            [*argv, "--save_dir", folder, "--port", port],
+            folder / f"out{rank}",
+            wrap,
+            environ
+            | {
+                "SLURM_PROCID": str(rank),
+                "SLURM_LOCALID": str(rank),
+                "SLURM_STEP_ID": "0",
+                "SLURM_STEP_NUM_TASKS": str(size),
+                "SLURM_STEP_TASKS_PER_NODE": str(size),
+                "MASTER_ADDR": "127.0.0.1",
+            },
+        )
+        for rank in range(size)
+    ]
 
 
 def command(argv, launcher=(), **options):

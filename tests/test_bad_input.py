@@ -117,6 +117,8 @@ def folder(tmp_path_factory):
     os.mkdir(path / "npy-cut")
     (path / "npy-cut" / "imagenet32-train.npy").write_bytes(b"\x93NUMPY\x01\x00v")
     (path / "file").write_text("a file")
+    rng = np.random.RandomState(0)  # beside the folder: what is measured of it is kept beside it
+    np.save(path.parent / "own.npy", rng.randint(0, 256, (9, 8, 8, 3), dtype=np.uint8))
     os.makedirs(path / "log-is-folder" / "test" / "log.jsonl")
     (path / "log-is-folder" / "test" / "lock").write_text("")
     return path
@@ -184,6 +186,10 @@ for name in (
     "opt",
 ):  # fmt: skip
     ROWS[f"restore_path {name}"] = (_small("--restore_path", f"{name}.th"), f"{name}.th", {})
+ROWS["own images and restore_path nan"] = (
+    _small("--dataset", "images", "--data_root", "../own.npy", "--restore_path", "nan.th"),
+    "nan.th", {},
+)  # fmt: skip
 for name in ("nan", "hostile", "cut-model-ema"):
     arguments = [*SMALL, "--save_dir", "runs", "--restore_ema_path", f"{name}.th", "--test_eval"]
     ROWS[f"restore_ema_path {name}, in a folder with a run"] = (arguments, f"{name}.th", {})

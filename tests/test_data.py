@@ -27,6 +27,7 @@ from data import (
     Images,
     NpyImages,
     fit,
+    keep_image_record,
     make_loader,
     make_preprocess,
     set_up_data,
@@ -648,6 +649,8 @@ def test_a_run_keeps_its_statistics_and_split(tmp_path):
     write_photos(root, n=50)
     H = own_H(root, run=run)
     array, (train, valid, test) = everything(H)
+    assert not list(run.iterdir())  # until the run trains
+    keep_image_record(H)
     record = json.loads((run / "images.json").read_text())
     assert np.isclose(record["mean"], array[train].mean()) and record["mean"] == H.image_mean
     assert np.isclose(record["std"], array[train].std()) and record["std"] == H.image_std
@@ -662,6 +665,7 @@ def test_a_run_keeps_its_statistics_and_split(tmp_path):
         splits = everything(restored)[1]
         assert (restored.image_mean, restored.image_std) == (1.0, 2.0)
         assert [part.tolist() for part in splits] == [list(range(5, 50)), [0, 1, 2], [3, 4]]
+        keep_image_record(restored)
         assert json.loads((Path(restored.logdir).parent / "images.json").read_text()) == record
     batch = [torch.full((1, 16, 16, 3), 7, dtype=torch.uint8)]
     assert float(set_up_data(restored)[3](batch)[0].mean()) == 3.0  # (7 - 1) / 2
@@ -674,9 +678,12 @@ def test_a_run_keeps_its_statistics_and_split(tmp_path):
     splits = everything(fine_tuned)[1]
     assert (fine_tuned.image_mean, fine_tuned.image_std) == (1.0, 2.0)
     assert [len(part) for part in splits] == [45, 2, 2]
+    keep_image_record(fine_tuned)
     everything(fine_tuned)  # again
     # Nor does a run's own file outrank the restored weights', or get lost to it.
-    everything(own_H(root, run=tmp_path / "other"))
+    other = own_H(root, run=tmp_path / "other")
+    everything(other)
+    keep_image_record(other)
     clash = own_H(root, run=tmp_path / "other", restore_path=run / "latest-model.th")
     refusal = tmp_path / "other" / "images.json", "another mean", "--desc"
     assert_refused(lambda: set_up_data(clash), *refusal)

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import time
@@ -16,7 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from runs import ENV, ROOT, SMALL, Run, check_latest, command, events, figures, hashes
+from runs import ENV, ROOT, SMALL, Run, Signal, check_latest, events, figures, hashes
 from torch import nn
 
 import train_helpers
@@ -42,13 +43,19 @@ def _save(folder, step, prefix="latest", fault=None):
 NO_SUCH_POINT = 3
 
 
+@pytest.fixture(scope="module", autouse=True)
+def warm(tmp_path_factory):
+    """What a first save imports is imported here, and not in every fork: a second each."""
+    _save(tmp_path_factory.mktemp("warm"), 0)
+
+
 class Fault:
     """Breaks the n-th operation on files of train_helpers, before it or, a write, in its middle."""
 
     def __init__(self, n, strike):
         self.n, self.strike, self.calls = n, strike, itertools.count()
         for module, names in (
-            (os, ("mkdir", "fsync", "rename", "replace", "symlink", "unlink", "rmdir")),
+            (os, ("mkdir", "fsync", "rename", "replace", "symlink", "link", "unlink", "rmdir")),
             (train_helpers.shutil, ("copyfile",)),
         ):
             for name in names:
@@ -62,7 +69,7 @@ class Fault:
 
             def write(self, data):
                 if next(fault.calls) == fault.n:
-                    self.file.write(bytes(data)[: len(data) // 2])
+                    self.file.write(data[: len(data) // 2])
                     self.file.flush()
                     fault.strike()
                 return self.file.write(data)
@@ -118,13 +125,15 @@ def _no_space():
 )
 def test_a_fault_at_every_point_of_a_save(sets, strike, status, tmp_path):
     """After each: the old set or the new one, whole; then a start mends and the next save works."""
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "log.jsonl").write_text("{}\n")
+    for step in range(sets):
+        _save(base, step)
+    before = check_latest(base)
     for n in itertools.count():
         folder = tmp_path / str(n)
-        folder.mkdir()
-        (folder / "log.jsonl").write_text("{}\n")
-        for step in range(sets):
-            _save(folder, step)
-        before = check_latest(folder)
+        shutil.copytree(base, folder, symlinks=True)
 
         outcome = _in_a_fork(lambda: _save(folder, 7, fault=lambda: Fault(n, strike)))  # noqa: B023
         if outcome == NO_SUCH_POINT:
@@ -143,11 +152,13 @@ def test_a_fault_at_every_point_of_a_save(sets, strike, status, tmp_path):
 
 
 def test_a_kill_at_every_point_of_the_removal_of_an_old_set(tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    for step in (1, 2, 3):
+        _save(base, step, f"iter-{step}")
     for n in itertools.count():
         folder = tmp_path / str(n)
-        folder.mkdir()
-        for step in (1, 2, 3):
-            _save(folder, step, f"iter-{step}")
+        shutil.copytree(base, folder, symlinks=True)
 
         def faulty(folder=folder, n=n):
             fault = Fault(n, _kill)
@@ -256,6 +267,15 @@ def test_a_failed_save_is_reported_and_training_goes_on(whole, tmp_path):
     assert figures(tmp_path / "test") == figures(whole)
 
 
+def test_a_run_whose_output_can_not_be_written_goes_on(whole, tmp_path):
+    """As where stdout and stderr are files on a full disk."""
+    run = Run([*RUN, "--save_dir", tmp_path], "/dev/full")
+    run.process.join(120)
+    assert run.process.exitcode == 0
+    assert hashes(tmp_path / "test") == hashes(whole)
+    assert figures(tmp_path / "test") == figures(whole)
+
+
 def test_a_failed_last_save_ends_the_run_with_an_error(whole, tmp_path):
     options = [*RUN, "--save_dir", tmp_path]
     status, text = Run(options, tmp_path / "out", FileLimit(14)).wait()
@@ -279,26 +299,50 @@ def _mounts():
 def test_a_full_disk_and_a_read_only_one(whole, tmp_path):
     """A disk of 400 kB: a set is about 100 kB. Its log is cut short too; the run goes on.
 
-    Then the disk is read-only: a start is refused. Then there is room: it ends as if nothing were.
+    Then it has no byte free, or is read-only: a start is refused, what it prints to this disk lost.
+    Then there is room: it ends as if nothing were.
     """
     disk = tmp_path / "disk"
     disk.mkdir()
-    train = f"{os.sys.executable} train.py {' '.join(RUN)} --save_dir {disk}"
-    script = f"""
-    mount -t tmpfs -o size=400k none {disk}
-    {train} --iters_per_ckpt 2; echo "first $?"
-    ls -l {disk}/test > {tmp_path}/listing
-    mount -o remount,ro {disk}; {train}; echo "second $?"
-    mount -o remount,rw,size=40M {disk}; {train}; echo "third $?"
-    cp -r {disk}/test {tmp_path}/copy
-    """
+    script = """
+import os, subprocess, sys
+import train
+
+disk, copy, *argv = sys.argv[1:]
+
+def run(name, *more):
+    child = os.fork()
+    if child == 0:
+        sys.argv = ["train.py", *argv, *more]
+        train.run_command(train.main)
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    print(name, status, flush=True)
+
+def mount(*words):
+    subprocess.run(["mount", *words, disk], check=True)
+
+mount("-t", "tmpfs", "-o", "size=400k", "none")
+run("small", "--iters_per_ckpt", "2")
+subprocess.run(f"cat /dev/zero > {disk}/fill", shell=True)
+run("full")
+os.remove(f"{disk}/fill")
+mount("-o", "remount,ro")
+run("read-only")
+mount("-o", "remount,rw,size=40M")
+run("roomy")
+subprocess.run(["cp", "-r", f"{disk}/test", copy], check=True)
+"""
     done = subprocess.run(
-        ["unshare", "-rm", "bash", "-c", script], cwd=ROOT, env=ENV, text=True, capture_output=True
-    )
+        ["unshare", "-rm", os.sys.executable, "-c", script, disk, tmp_path / "copy",
+         *RUN, "--save_dir", disk],
+        cwd=ROOT, env=ENV, text=True, capture_output=True,
+    )  # fmt: skip
     out, err = done.stdout, done.stderr
-    assert "first 2" in out and "second 2" in out and "third 0" in out, out + err
-    assert "is not saved at step" in out and "No space left on device" in out
-    assert "lock can't be written (Read-only file system)" in err and "Traceback" not in err
+    for line in ("small 2", "full 2", "read-only 2", "roomy 0"):
+        assert line in out.splitlines(), out + err
+    assert "is not saved at step" in out and "Traceback" not in err
+    assert f"{disk}/test can't be written (No space left on device)" in err
+    assert "lock can't be written or locked (Read-only file system)" in err
     check_latest(tmp_path / "copy")
     assert hashes(tmp_path / "copy") == hashes(whole)
 
@@ -306,20 +350,22 @@ def test_a_full_disk_and_a_read_only_one(whole, tmp_path):
 def test_a_second_run_on_the_folder_is_refused(tmp_path):
     """For as long as the first lives: a SIGKILL frees the folder."""
     options = [*RUN, "--num_epochs", "999", "--save_dir", tmp_path]
-    first = command(options)
-    for line in first.stdout:
-        if "step: 8," in line:
-            break
+    first = Run(options, tmp_path / "first")
+    while not check_latest(tmp_path / "test"):
+        time.sleep(0.05)
     log = tmp_path / "test" / "log.jsonl"
     for resume in ([], ["--resume"]):
         arguments = [a for a in options if a != "--resume"] + resume
         status, text = Run(arguments, tmp_path / "o").wait()
         last = text.splitlines()[-1]
-        assert status == 2 and f"is in use by process {first.pid} on" in last and "--desc" in last
+        assert (
+            status == 2
+            and f"is in use by process {first.process.pid} on" in last
+            and "--desc" in last
+        )
         assert text.count("error:") == 1
     assert sum(e.get("message", "").startswith("training model") for e in events(log.parent)) == 1
     first.kill()
-    first.communicate()
     status, text = Run([*options, "--num_epochs", "2"], tmp_path / "o").wait()
     assert status == 0, text
 
@@ -328,7 +374,9 @@ def test_a_log_cut_short_or_lost(whole, tmp_path):
     options = [*RUN, "--save_dir", tmp_path]
     folder = tmp_path / "test"
     for mend in ("cut", "lost"):
-        run = Run(options, tmp_path / "o", StopAt(9 if mend == "cut" else 3))
+        run = Run(
+            options, tmp_path / "o", Signal(signal.SIGTERM, "step", 9 if mend == "cut" else 3)
+        )
         assert run.wait()[0] == 143
         if mend == "cut":
             for name in ("log.jsonl", "log.txt"):
@@ -348,23 +396,6 @@ def test_a_log_cut_short_or_lost(whole, tmp_path):
     assert len(lines) == 2 and json.loads(lines[1])["message"] == "two"
 
 
-class StopAt:
-    def __init__(self, n):
-        self.n = n
-
-    def __call__(self):
-        import train
-
-        original, calls = train.training_step, itertools.count(1)
-
-        def wrapped(*args):
-            if next(calls) == self.n:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return original(*args)
-
-        train.training_step = wrapped
-
-
 def _clock_goes_backwards():
     now, calls = time.time(), itertools.count()
     time.time = lambda: now - 1000.0 * next(calls)
@@ -374,7 +405,7 @@ def test_a_clock_that_goes_backwards(whole, tmp_path):
     """The order of the sets is that of their numbers."""
     options = [*RUN, "--save_dir", tmp_path]
     for step in (7, 9):
-        assert Run(options, tmp_path / "o", StopAt(step)).wait()[0] == 143
+        assert Run(options, tmp_path / "o", Signal(signal.SIGTERM, "step", step)).wait()[0] == 143
         for path in Path(tmp_path / "test" / "sets").glob("0*"):
             os.utime(path, (0, 10**9 - int(path.name[:6])))
     assert check_latest(tmp_path / "test") == 16

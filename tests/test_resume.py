@@ -1,6 +1,5 @@
 """A run that is stopped, killed and taken up again is the run that never was, bit for bit."""
 
-import itertools
 import json
 import os
 import random
@@ -8,9 +7,10 @@ import signal
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from runs import BIN, SMALL, Run, check_latest, command, events, figures, hashes
+from runs import SMALL, Run, Signal, check_latest, command, events, figures, hashes, start
 
 RUN = [*SMALL, "--iters_per_save", "4", "--iters_per_ckpt", "10", "--resume"]
 STEPS = 39
@@ -44,40 +44,17 @@ def test_what_a_set_holds(whole):
 
 
 @pytest.mark.parametrize(
-    "number, wrapped",
-    [(signal.SIGTERM, "stop_at_18"), (signal.SIGINT, "stop_in_the_evaluation")],
+    "number, where, n, saved_at", [(signal.SIGTERM, "step", 18, 18), (signal.SIGINT, "eval", 2, 13)]
 )
-def test_a_signal_saves_and_ends(wrapped, number, whole, tmp_path):
-    wrap = {"stop_at_18": Signal(number, "step", 18),
-            "stop_in_the_evaluation": Signal(number, "eval", 2)}[wrapped]  # fmt: skip
-    status, text = Run([*RUN, "--save_dir", tmp_path], tmp_path / "out", wrap).wait()
+def test_a_signal_saves_and_ends(number, where, n, saved_at, whole, tmp_path):
+    options = [*RUN, "--save_dir", tmp_path]
+    status, text = Run(options, tmp_path / "out", Signal(number, where, n)).wait()
     assert status == 128 + number and text.splitlines()[-1].startswith("stopped")
     assert number.name in text and "Traceback" not in text
-    assert check_latest(tmp_path / "test") == (18 if wrapped == "stop_at_18" else 13)
-    status, text = Run([*RUN, "--save_dir", tmp_path], tmp_path / "out").wait()
+    assert check_latest(tmp_path / "test") == saved_at
+    status, text = Run(options, tmp_path / "out").wait()
     assert status == 0 and "resuming from" in text
     assert_same(tmp_path / "test", whole)
-
-
-class Signal:
-    """Sends this process a signal in its n-th training step or batch of an evaluation."""
-
-    def __init__(self, number, where, n):
-        self.number, self.where, self.n = number, where, n
-
-    def __call__(self):
-        import train
-
-        name = "training_step" if self.where == "step" else "heartbeat"
-        original, calls = getattr(train, name), itertools.count(1)
-
-        def wrapped(*args):
-            evaluating = not args
-            if (name == "training_step" or evaluating) and next(calls) == self.n:
-                os.kill(os.getpid(), self.number)
-            return original(*args)
-
-        setattr(train, name, wrapped)
 
 
 def _kill_and_resume(folder, whole, kills, rng, longest):
@@ -109,20 +86,18 @@ def test_sigkill_at_random_moments(kills, whole, tmp_path):
 
 
 def test_sigkill_of_the_command(whole, tmp_path):
-    """The plain `python train.py`, killed when its log has reached a step, twice."""
-    folder = tmp_path / "test"
-    for step in (8, 20):
-        process = command([*RUN, "--save_dir", tmp_path])
-        for line in process.stdout:
-            if f"step: {step}," in line:
-                break
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL
-        check_latest(folder)
+    """The plain `python train.py`, killed when its log has reached a step."""
     process = command([*RUN, "--save_dir", tmp_path])
-    assert process.communicate()[0] and process.returncode == 0
-    assert_same(folder, whole)
+    for line in process.stdout:
+        if "step: 20," in line:
+            break
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert check_latest(tmp_path / "test")
+    process = command([*RUN, "--save_dir", tmp_path])
+    assert "resuming from" in process.communicate()[0] and process.returncode == 0
+    assert_same(tmp_path / "test", whole)
 
 
 def test_resume_after_skipped_steps(tmp_path):
@@ -141,28 +116,48 @@ def test_resume_after_skipped_steps(tmp_path):
     assert 0 < max(skipped) < 30
 
 
-@pytest.mark.parametrize("size", [2])
-def test_resume_with_two_processes_and_then_one(size, tmp_path):
-    """mpiexec: the same bits after SIGTERM and --resume; then one process goes on, and says so."""
-    mpi = [BIN / "mpiexec", "-n", size]
+def test_max_skips_ends_every_start_until_something_changes(tmp_path):
+    options = [*RUN, "--skip_threshold", "1e-9", "--max_skips", "3", "--save_dir", tmp_path]
+    for step in (3, 4):
+        status, text = Run(options, tmp_path / "o").wait()
+        assert status == 2 and f"{step} updates in a row were skipped" in text.splitlines()[-1]
+        assert check_latest(tmp_path / "test") == step
+
+
+def test_resume_with_own_images_and_a_loader_worker(tmp_path):
+    """In the middle of an epoch; a kill in the next one; the record of the images stays."""
+    rng = np.random.RandomState(0)
+    np.save(tmp_path / "own.npy", rng.randint(0, 256, (70, 8, 8, 3), dtype=np.uint8))
+    options = [*RUN, "--dataset", "images", "--data_root", tmp_path / "own.npy", "--n_batch", "10",
+               "--num_workers", "1", "--num_epochs", "2"]  # fmt: skip
+    status, text = Run([*options, "--save_dir", tmp_path / "whole"], tmp_path / "o").wait()
+    assert status == 0, text
+    whole, broken = tmp_path / "whole" / "test", tmp_path / "broken" / "test"
+    options += ["--save_dir", broken.parent]
+    for wrap, wanted in ((Signal(signal.SIGTERM, "step", 4), 143),
+                         (Signal(signal.SIGKILL, "step", 7), -9), (None, 0)):  # fmt: skip
+        status, text = Run(options, tmp_path / "o", wrap).wait()
+        assert status == wanted and "Traceback" not in text, text
+        assert (broken / "images.json").read_bytes() == (whole / "images.json").read_bytes()
+    assert f"resuming from {broken}/sets/000004-iter-10" in text
+    assert hashes(broken) == hashes(whole) and figures(broken) == figures(whole)
+
+
+def test_resume_with_two_processes_and_then_one(tmp_path):
+    """The same bits after SIGTERM and --resume; then one process goes on, and says so."""
     options = [*RUN, "--n_batch", "50", "--num_epochs", "2"]
-    for folder in ("whole", "broken"):
-        process = command([*options, "--save_dir", tmp_path / folder], mpi)
-        if folder == "broken":
-            for line in process.stdout:
-                if "step: 16," in line:
-                    os.killpg(process.pid, signal.SIGTERM)
-                    break
-        text, _ = process.communicate(timeout=120)
-        assert folder == "broken" or process.returncode == 0, text
-    stopped_at = check_latest(tmp_path / "broken" / "test")
-    assert 16 <= stopped_at < 26, text
-    process = command([*options, "--save_dir", tmp_path / "broken"], mpi)
-    text, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and f"step {stopped_at}" in text, text
-    assert hashes(tmp_path / "broken" / "test") == hashes(tmp_path / "whole" / "test")
-    assert figures(tmp_path / "broken" / "test") == figures(tmp_path / "whole" / "test")
-    more = [*options, "--save_dir", tmp_path / "broken", "--num_epochs", "3"]
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    sigterm = Signal(signal.SIGTERM, "step", 16)
+    for folder, wrap, wanted in ((whole, None, 0), (broken, sigterm, 143), (broken, None, 0)):
+        folder.mkdir(exist_ok=True)
+        for run in start(2, options, folder, wrap):
+            status, text = run.wait()
+            assert status == wanted, text
+        assert check_latest(folder / "test") == (16 if wrap else 26)
+    assert "resuming from" in (broken / "out0").read_text()
+    assert hashes(broken / "test") == hashes(whole / "test")
+    assert figures(broken / "test") == figures(whole / "test")
+    more = [*options, "--save_dir", broken, "--num_epochs", "3"]
     status, text = Run(more, tmp_path / "o").wait()
     assert status == 0
     assert "WARNING: mpi_size is 1 now; the run had 2" in text and "not bit for bit" in text
