@@ -48,6 +48,7 @@ from utils import (
     world,
 )
 from vae import VAE, parse_layer_string
+from vae_helpers import allow_tf32
 
 # ---- start-up ------------------------------------------------------------------------------
 
@@ -90,7 +91,10 @@ def prepare_run(s=None):
 
 
 def setup_mpi(H):
-    """Joins the processes of the run; sets H.mpi_size, H.rank, H.local_rank and H.device."""
+    """Joins the processes of the run; sets H.mpi_size, H.rank, H.local_rank and H.device.
+
+    From then on float32 is float32 on CUDA too, unless H.precision is tf32.
+    """
     H.mpi_size, H.rank, H.local_rank = mpi_size(), mpi_rank(), local_mpi_rank()
     H.device = resolve_device(H.device)
     if H.device != "cpu":
@@ -98,6 +102,7 @@ def setup_mpi(H):
     elif H.mpi_size > 1 and "OMP_NUM_THREADS" not in os.environ:
         # Each process would take every core: with two on two cores, ten times slower.
         torch.set_num_threads(max(1, torch.get_num_threads() // world().local_size))
+    allow_tf32(H.precision == "tf32")
     init_processes(H.device.split(":")[0], H.port, H.timeout)
 
 

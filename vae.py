@@ -29,6 +29,7 @@ from vae_helpers import (
     get_1x1,
     get_3x3,
     in_float32,
+    is_plain,
 )
 
 # ---- block strings -------------------------------------------------------------------------
@@ -204,7 +205,10 @@ def channels_last(t):
 
 
 def add_to_stream(x, h):
-    """x + h in x's dtype, written over h where it can be: h, a convolution's output, is new."""
+    """x + h in x's dtype, written over h, a new tensor of gelu_conv's or gelu_convs'.
+
+    On the CPU the pages of another tensor cost more than the sum.
+    """
     return h.to(x.dtype).add_(x)
 
 
@@ -323,29 +327,44 @@ class DecBlock(nn.Module):
         with in_float32(z.device.type):  # few channels; its sum is float32
             return self.z_proj(z)
 
-    def _state(self, xs, n):
-        """The state here, (N, C, R, R); constants in xs, with a batch of 1, are broadcast to n."""
+    def _state(self, xs, like):
+        """The state here, (N, C, R, R), N that of `like`: constants in xs may have a batch of 1."""
         x = xs.get(self.base)
         if x is None:
-            x = next(iter(xs.values())).new_zeros(1, self.widths[self.base], self.base, self.base)
-        x = x.expand(n, -1, -1, -1)  # (N, C, R, R)
+            x = like.new_zeros(1, self.widths[self.base], self.base, self.base)
+        x = x.expand(len(like), -1, -1, -1)  # (N, C, R, R)
         if self.mixin is not None:
             mixed = xs[self.mixin][:, : x.shape[1]]  # (N, C, S, S)
             x = x + F.interpolate(mixed, scale_factor=self.base // self.mixin)
         return channels_last(x)
 
+    def _is_plain(self):
+        """Whether the posterior and the prior may be computed by their weights, uncalled."""
+        return all(
+            is_plain(block, Block) and all(is_plain(c, nn.Conv2d) for c in block.children())
+            for block in (self.enc, self.prior)
+        )
+
     def _prior(self, x, h):
-        """From the state and prior.c1's output: pm, pv and the state with the prior's residual."""
-        h, n_latent = self.prior.bottleneck(h), 2 * self.zdim
-        w, b = self.prior.c4.weight, self.prior.c4.bias
-        p, residual = gelu_convs(h, w[:n_latent], b[:n_latent], w[n_latent:], b[n_latent:])
+        """From the state and prior.c1's output: pm, pv and the state with the prior's residual.
+
+        h is None where the prior is to be called.
+        """
+        n_latent = 2 * self.zdim
+        if h is None:
+            p, residual = self.prior(x).split([n_latent, x.shape[1]], dim=1)
+            merged = x + residual
+        else:
+            w, b = self.prior.c4.weight, self.prior.c4.bias
+            h = self.prior.bottleneck(h)  # (N, middle, R, R)
+            p, residual = gelu_convs(h, w[:n_latent], b[:n_latent], w[n_latent:], b[n_latent:])
+            merged = add_to_stream(x, residual)
         pm, pv = at_least_float32(p).contiguous().chunk(2, dim=1)  # each (N, Z, R, R)
-        return pm, pv, add_to_stream(x, residual)
+        return pm, pv, merged
 
     def _give(self, xs, x, z):
-        """Merges z into x and makes that the state at this resolution."""
-        x = add_to_stream(x, self.z_fn(channels_last(z)))
-        xs[self.base] = self.resnet(x)
+        """Adds z's share to x, _prior's own tensor, and makes that the state at this resolution."""
+        xs[self.base] = self.resnet(x.add_(self.z_fn(channels_last(z))))
         return xs
 
     def forward(
@@ -364,17 +383,20 @@ class DecBlock(nn.Module):
         get_gaussians the dict also holds qm, qv, pm and pv: means and log standard deviations.
         `activated` is gelu(activations[base]), where the caller has it.
         """
-        acts = activations[self.base]  # (N, C, R, R)
-        x = self._state(xs, acts.shape[0])  # (N, C, R, R)
-        # The posterior's c1 of concat[x, acts] is the sum of its halves: that of x shares the
-        # GELU with the prior's c1, that of acts with all blocks of this resolution.
-        w_x, w_acts = self.enc.c1.weight.split([x.shape[1], acts.shape[1]], dim=1)
-        p, q = gelu_convs(x, self.prior.c1.weight, self.prior.c1.bias, w_x, self.enc.c1.bias)
-        q = q + F.conv2d(gelu(channels_last(acts)) if activated is None else activated, w_acts)
+        acts = channels_last(activations[self.base])  # (N, C, R, R)
+        x = self._state(xs, acts)  # (N, C, R, R)
+        if self._is_plain():
+            # The posterior's c1 of concat[x, acts] is the sum of its halves: that of x shares the
+            # GELU with the prior's c1, that of acts with all blocks of this resolution.
+            w_x, w_acts = self.enc.c1.weight.split([x.shape[1], acts.shape[1]], dim=1)
+            p, q = gelu_convs(x, self.prior.c1.weight, self.prior.c1.bias, w_x, self.enc.c1.bias)
+            q = q + F.conv2d(gelu(acts) if activated is None else activated, w_acts)
+            q = self.enc.bottleneck(q)  # (N, middle, R, R)
+            with in_float32(q.device.type):
+                q = gelu_conv(at_least_float32(q), self.enc.c4)  # (N, 2 Z, R, R)
+        else:
+            p, q = None, at_least_float32(self.enc(torch.cat([x, acts], dim=1)))  # (N, 2 Z, R, R)
         pm, pv, merged = self._prior(x, p)
-        q = self.enc.bottleneck(q)  # (N, middle, R, R)
-        with in_float32(q.device.type):
-            q = gelu_conv(at_least_float32(q), self.enc.c4)  # (N, 2 Z, R, R)
         qm, qv = q.contiguous().chunk(2, dim=1)  # each (N, Z, R, R)
         z = draw_gaussian_diag_samples(qm, qv, generators)  # (N, Z, R, R)
         kl = gaussian_analytical_kl(qm, pm, qv, pv)  # (N, Z, R, R)
@@ -387,8 +409,9 @@ class DecBlock(nn.Module):
 
         A temperature multiplies the prior's standard deviation.
         """
-        x = self._state(xs, max(x.shape[0] for x in xs.values()))  # (N, C, R, R)
-        pm, pv, merged = self._prior(x, gelu_conv(x, self.prior.c1))
+        x = self._state(xs, max(xs.values(), key=len))  # (N, C, R, R)
+        h = gelu_conv(x, self.prior.c1) if self._is_plain() else None  # (N, middle, R, R)
+        pm, pv, merged = self._prior(x, h)
         if lvs is None:
             if t is not None:
                 pv = pv + (math.log(t) if t else -math.inf)
@@ -446,7 +469,9 @@ class Decoder(HModule):
                     stats.append(block_stats)
                 return xs, stats
 
-            xs, segment_stats = checkpointed(self.checkpointing, run, *acts, *xs.values())
+            # Only the default generators' noise is replayed.
+            on = self.checkpointing and generators is None
+            xs, segment_stats = checkpointed(on, run, *acts, *xs.values())
             stats += segment_stats
         return self.final_fn(xs[self.H.image_size]), stats
 

@@ -125,14 +125,16 @@ def in_float32(device):
     return contextlib.nullcontext()
 
 
-def forward_precision(kind, device):
-    """The context of a forward pass in --precision: bf16 for convolutions, TF32 if asked alone.
+def allow_tf32(on):
+    """Lets CUDA compute products of float32 in TF32, or forbids it, in the whole process."""
+    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = on
 
-    The backward pass takes place outside it.
+
+def forward_precision(kind, device):
+    """The context of a forward pass in --precision: autocast to bf16, or none.
+
+    The backward pass takes place outside it. TF32 is allow_tf32's.
     """
-    fp32 = "tf32" if kind == "tf32" else "ieee"
-    torch.backends.cudnn.conv.fp32_precision = fp32
-    torch.backends.cuda.matmul.fp32_precision = fp32
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=kind == "bf16")
 
 
@@ -197,8 +199,24 @@ def gelu_convs(x, *weights_and_biases):
     return _GeluConvs.apply(x, weights_and_biases[0].shape[2] // 2, *weights_and_biases)
 
 
+def is_plain(module, kind):
+    """Whether a call of `module` is its class's forward alone, which a fused one may replace.
+
+    A hook, or a module put in its place, wants to be called.
+    """
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    return type(module) is kind and not any(hooks)
+
+
 def gelu_conv(x, conv):
-    """conv(gelu(x)) as in gelu_convs, for a conv of get_3x3 or get_1x1."""
+    """conv(gelu(x)), a new tensor, as in gelu_convs, for a conv of get_3x3 or get_1x1."""
+    if not is_plain(conv, nn.Conv2d):
+        return conv(gelu(x)).clone()  # a hook may keep what it saw
     return gelu_convs(x, conv.weight, conv.bias)[0]
 
 
@@ -330,6 +348,8 @@ def discretized_mix_logistic_loss(x, l, low_bit=False):
     Returns:
         (N,), nats per dimension.
     """
+    if not torch.is_grad_enabled():
+        x, l = x.detach(), l.detach()  # no gradient beside the value
     pixels = x.reshape(-1, 3), l.reshape(-1, l.shape[-1])  # (N H W, 3) and (N H W, 10K)
     log_likelihood = _PixelLogLikelihood.apply(*pixels, low_bit).view(len(x), -1).sum(dim=1)
     return -log_likelihood / x[0].numel()

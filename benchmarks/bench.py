@@ -27,7 +27,7 @@ from hps import HPARAMS_REGISTRY, IMAGE_SETS, OneLineParser, UserError, get_hpar
 from train_helpers import make_optimizer, update_ema
 from utils import resolve_device, run_command
 from vae import VAE
-from vae_helpers import discretized_mix_logistic_loss, forward_precision
+from vae_helpers import allow_tf32, discretized_mix_logistic_loss, forward_precision
 
 TASKS = ("train", "evaluate", "sample", "update", "likelihood")
 
@@ -93,6 +93,7 @@ def matrix_peak(device, kind):
         2 * 2048**3: lambda: a @ a,
         2 * 8 * 32 * 32 * 512 * 512: lambda: torch.nn.functional.conv2d(image, weight),
     }
+    allow_tf32(kind == "tf32")
     with torch.no_grad(), forward_precision(kind, device):
         return max(n / min(seconds(device, call) for _ in range(8)) for n, call in calls.items())
 
@@ -105,8 +106,12 @@ def tasks_of(H, model, x, target, plain):
     own_vae = model.vae if plain else model
     kind = "fp32" if plain else H.precision
 
+    def precision():
+        allow_tf32(kind == "tf32")
+        return forward_precision(kind, H.device)
+
     def forward():
-        with forward_precision(kind, H.device):
+        with precision():
             return model(x, target)["elbo"]
 
     def train():
@@ -118,7 +123,7 @@ def tasks_of(H, model, x, target, plain):
             forward()
 
     def sample():
-        with torch.no_grad(), forward_precision(kind, H.device):
+        with torch.no_grad(), precision():
             model.forward_uncond_samples(len(x))
 
     ema = VAE(H).to(H.device).requires_grad_(False)

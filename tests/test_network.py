@@ -108,6 +108,70 @@ def test_presets_have_the_published_size(preset):
     assert flop.get_total_flops() / 1e9 == pytest.approx(gflop, rel=1e-3)
 
 
+def test_hooks_see_every_convolution():
+    flop = []
+
+    def count(conv, _, out):
+        flop.append(2 * conv.weight.numel() * out.shape[2] * out.shape[3])
+
+    with torch.device("meta"):
+        vae = VAE(get_hparams("cifar10"))
+        for module in vae.modules():
+            if isinstance(module, torch.nn.Conv2d):
+                module.register_forward_hook(count)
+        image = torch.empty(1, 32, 32, 3)
+        vae(image, image)
+    assert sum(flop) / 1e9 == pytest.approx(44.8, rel=1e-3)
+
+
+def test_hooks_change_nothing():
+    H, vae = model("tiny")
+    batch, seen, grads = inputs(H, 3, seed=7), {}, []
+
+    def run():
+        vae.zero_grad()
+        torch.manual_seed(1)
+        stats = vae(*batch)
+        stats["elbo"].backward()
+        grads.append({k: p.grad.clone() for k, p in vae.named_parameters()})
+        torch.manual_seed(3)
+        return stats["elbo"].item(), vae.forward_uncond_samples(3).astype(int)
+
+    elbo, pictures = run()
+    for name, module in vae.named_modules():
+        module.register_forward_hook(
+            lambda *call, name=name: seen.setdefault((name, len(seen)), (call[2], str(call[2])))
+        )
+        module.register_full_backward_hook(lambda *_: None)
+    hooked_elbo, hooked_pictures = run()
+    assert hooked_elbo == pytest.approx(elbo, rel=1e-5)
+    assert np.abs(pictures - hooked_pictures).max() <= 1
+    for key, grad in grads[0].items():
+        assert (grads[1][key] - grad).norm() <= 5e-4 * grad.norm(), key
+    assert all(str(out) == then for out, then in seen.values())  # none was written over
+    callable_ = {
+        name for name, m in vae.named_modules()
+        if name and not isinstance(m, (torch.nn.ModuleList, torch.nn.ParameterList))
+    }  # fmt: skip
+    assert callable_ <= {name for name, _ in seen}
+
+
+def test_a_module_put_in_place_of_a_convolution_is_called():
+    class Doubled(torch.nn.Conv2d):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    for conv in ("enc.c1", "enc.c3", "prior.c4", "resnet.c4"):
+        H, vae = model("tiny")
+        elbos = []
+        for kind in (torch.nn.Conv2d, Doubled):
+            vae.get_submodule(f"decoder.dec_blocks.3.{conv}").__class__ = kind
+            torch.manual_seed(1)
+            with torch.no_grad():
+                elbos.append(vae(*inputs(H, 3, seed=7))["elbo"].item())
+        assert elbos[0] != elbos[1], conv
+
+
 def test_parse_layer_string():
     assert parse_layer_string("1x2,4m1, 8d2,16") == [(1, None)] * 2 + [(4, 1), (8, 2), (16, None)]
 

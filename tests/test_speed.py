@@ -15,9 +15,14 @@ from test_processes import TINY, free_port, launch, log_of
 import train
 import vae as vae_module
 from hps import get_hparams
-from train_helpers import OneProcess, make_optimizer
+from train_helpers import OneProcess, make_optimizer, setup_mpi
 from vae import VAE, segments
-from vae_helpers import discretized_mix_logistic_loss, gaussian_analytical_kl, gelu_convs
+from vae_helpers import (
+    discretized_mix_logistic_loss,
+    forward_precision,
+    gaussian_analytical_kl,
+    gelu_convs,
+)
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -119,6 +124,21 @@ def test_checkpointed_gradients_are_equal_bit_for_bit(name, bf16, monkeypatch):
     assert torch.equal(after, torch.randn(1))
 
 
+def test_checkpointing_with_noise_of_the_images_own():
+    H, vae = model("tiny")
+    batch = inputs(H, 3, seed=7)
+
+    def gradient():
+        vae.zero_grad()
+        generators = [torch.Generator().manual_seed(i) for i in range(3)]
+        sum(vae.distortion_and_rate(*batch, generators)).sum().backward()
+        return vae.decoder.dec_blocks[0].enc.c1.weight.grad.clone()
+
+    without = gradient()
+    vae.checkpoint_activations()
+    assert torch.equal(without, gradient())
+
+
 def mixture(size, dtype=torch.float32):
     torch.manual_seed(0)
     x = torch.randint(0, 256, (1, size, size, 3), dtype=dtype) / 127.5 - 1
@@ -170,6 +190,13 @@ def test_gradients_of_the_kl():
     assert torch.autograd.gradgradcheck(gaussian_analytical_kl, leaves)
 
 
+def test_the_mixtures_loss_where_no_gradient_is_wanted():
+    x, l = mixture(3)
+    loss = discretized_mix_logistic_loss(x, l)
+    with torch.inference_mode():  # of a leaf that wants a gradient elsewhere
+        assert torch.equal(discretized_mix_logistic_loss(x, l), loss)
+
+
 def test_a_network_of_float64():
     H, vae = model("tiny")
     batch = inputs(H, 3, seed=7)
@@ -219,6 +246,22 @@ def test_weights_changed_in_place_take_effect(bf16):
             after = vae(*batch)["elbo"].item()
             assert after != before
             before = after
+
+
+def test_tf32_is_as_asked(monkeypatch):
+    flags = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = [f.allow_tf32 for f in flags]
+    H = get_hparams("digits", device="cpu")
+    try:
+        for precision, allowed in (("tf32", True), ("fp32", False), ("bf16", False)):
+            H.precision = precision
+            setup_mpi(H)
+            assert [f.allow_tf32 for f in flags] == [allowed] * 2
+            with forward_precision("fp32", "cpu"):  # the call of who uses train.evaluate alone
+                assert [f.allow_tf32 for f in flags] == [allowed] * 2
+    finally:
+        for flag, allowed in zip(flags, before, strict=True):
+            flag.allow_tf32 = allowed
 
 
 # ---- gradient accumulation ---------------------------------------------------------------------
