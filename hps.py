@@ -5,6 +5,7 @@ A preset sets defaults; an option given on the command line wins. Needs the stan
 
 import argparse
 import difflib
+import os
 from typing import NamedTuple
 
 
@@ -183,7 +184,7 @@ digits = Hyperparams(
     ema_rate=0.995,
     enc_blocks="8x3,8d2,4x3,4d4,1x2",
     dec_blocks="1x2,4m1,4x3,8m4,8x4",
-    num_epochs=60,
+    num_epochs=50,
     epochs_per_eval=10,
     iters_per_print=200,
     iters_per_save=1000,
@@ -377,6 +378,10 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **kwargs)
 
     def parse_args(self, args=None, namespace=None):
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks how the line could go on
+            import argcomplete
+
+            argcomplete.autocomplete(self)
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
             known = self._known_options()

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Learning curves of runs as a picture: `python plot.py RUN...`.
 
     python plot.py saved_models/digits saved_models/photos32 --out curves.png

@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Pictures and latents from trained weights, without a data set.
 
     python sample.py --restore_ema_path latest-model-ema.th samples --n 64 --temperature 0.8

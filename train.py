@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK
 """Trains a very deep VAE, or evaluates one on its test set: `python train.py --hps PRESET`.
 
 The same file runs under mpiexec, torchrun and srun. Losses are in nats per dimension (a

@@ -222,6 +222,25 @@ def test_errors_of_a_command_are_one_line(tmp_path):
         assert word in done.stderr
 
 
+@pytest.mark.parametrize(
+    "line, options",
+    [
+        ("train.py --skip_t", ["--skip_threshold"]),
+        ("train.py --hps digits --num_v", ["--num_variables_visualize"]),
+        ("plot.py --o", ["--out"]),
+        ("sample.py samples --temp", ["--temperature"]),
+    ],
+)
+def test_options_complete_by_tab(line, options, tmp_path):
+    """As the shell's hook asks, by argcomplete's variables."""
+    answer = tmp_path / "answer"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "IFS": " "}
+    asked |= {"_ARGCOMPLETE_IFS": " ", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
+    argv = [sys.executable, REPO / line.split()[0]]
+    subprocess.run(argv, env=environment(**asked), cwd=tmp_path, timeout=60)
+    assert answer.read_text().split() == options
+
+
 def test_help_names_every_option(tmp_path):
     argv = [sys.executable, REPO / "train.py", "--help"]
     done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True)
