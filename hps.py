@@ -384,7 +384,7 @@ class OneLineParser(argparse.ArgumentParser):
             argcomplete.autocomplete(self)
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            known = self._known_options()
+            known = dict.fromkeys(self._known_options())
             near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3)
             hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
             raise UserError(f"unknown option {unknown[0]!r}: {hint}")

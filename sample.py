@@ -238,7 +238,7 @@ def check_settings(path, args):
                     f"another --out, or add --force to start anew"
                 )
     else:
-        path.write_text(json.dumps(settings))
+        replace(path, lambda partial: Path(partial).write_text(json.dumps(settings)))
 
 
 class NpzFile:
@@ -289,12 +289,16 @@ class Folder:
 
     def __init__(self, args, size):
         self.folder = Path(args.out)
-        if args.force and (self.folder / "settings.json").exists():
-            shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "settings.json").exists() and any(self.folder.iterdir()):
+        settings = self.folder / "settings.json"
+        # Other programs have files of that name too.
+        ours = settings.exists() and '"weights"' in settings.read_text()
+        if not ours and any(self.folder.iterdir()):
             raise UserError(f"{self.folder} holds other files: name a new folder with --out")
-        check_settings(self.folder / "settings.json", args)
+        if args.force and ours:
+            for path in (settings, *self.folder.glob("[0-9]" * 6 + ".png")):
+                path.unlink()
+        check_settings(settings, args)
         self.done = 0
         while self.path(self.done).exists():
             self.done += 1
@@ -517,7 +521,10 @@ def encode(args, model):
         with open(path, "wb") as file:
             np.savez(file, **with_names)
 
-    replace(args.out, write)
+    try:
+        replace(args.out, write)
+    except OSError as error:
+        raise UserError(f"{args.out} can't be written ({error.strerror}): name another") from None
     print(f"{args.out}: {len(originals)} images, {len(model.decoder.dec_blocks)} layers")
 
 
@@ -537,7 +544,7 @@ def read_latents(path, model):
                     if z.shape != (n, block.zdim, block.base, block.base):
                         raise ValueError(f"z{i:03} is {z.shape}, layer {i} of the model "
                                          f"{(n, block.zdim, block.base, block.base)}")  # fmt: skip
-                latents.append(z if z is None else torch.from_numpy(z).to(model.H.device))
+                latents.append(z if z is None else torch.from_numpy(z).float().to(model.H.device))
         if n is None:
             raise ValueError("it has no z000")
     except FileNotFoundError:

@@ -86,6 +86,21 @@ def test_folder_of_pngs(run, tmp_path):
     assert np.asarray(Image.open("pngs/000000.png")).tolist() != pngs[0].tolist()
 
 
+def test_force_removes_nothing_of_others(run, tmp_path):
+    """A settings.json may be another program's, and other files may lie beside our own."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "settings.json").write_text("{}")
+    with pytest.raises(UserError, match="holds other files"):
+        run("samples --n 1 --out project --force")
+    assert (tmp_path / "project" / "settings.json").read_text() == "{}"
+    run("samples --n 2 --out pngs")
+    (tmp_path / "pngs" / "notes.txt").write_text("mine")
+    run("samples --n 1 --out pngs --seed 1 --force")
+    assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == [
+        "000000.png", "notes.txt", "settings.json",
+    ]  # fmt: skip
+
+
 def test_a_killed_run_goes_on_where_it_stopped(run, tmp_path):
     """SIGKILL in the middle; then the same command, and the file is that of a run in one go."""
     line = "samples --n 40 --n_batch 4 --out killed.npz"
@@ -206,6 +221,7 @@ def test_errors_are_one_line(run, tmp_path):
         ("decode absent.npz", "absent.npz does not exist"),
         ("encode a.png --out a.png", "exists"),
         ("encode a.png --out b.png", ".npz"),
+        ("encode a.png --out no/folder/b.npz", "no/folder/b.npz can't be written"),
         ("--hps cifar10 samples", "holds the digits model"),
     ]:
         with pytest.raises(UserError, match=words) as error:
