@@ -76,9 +76,10 @@ TINY = "--hps digits --num_epochs 1 --width 8 --zdim 2 --num_mixtures 2 --iters_
 
 
 def environment(**extra):
-    """This one's, without any launcher's variables, one thread a process."""
+    """This one's, one thread a process, without variables of launchers or of `make test`."""
     launchers = ("OMPI_", "PMI", "SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
-    env = {k: v for k, v in os.environ.items() if not k.startswith(launchers)}
+    others = (*launchers, "MAKE", "MFLAGS")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(others)}
     return env | {"OMP_NUM_THREADS": "1"} | extra
 
 
