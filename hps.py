@@ -345,7 +345,9 @@ OPTIONS = {
         ("precision", _one_of("fp32", "tf32", "bf16"), "fp32", "of the convolutions"),
         ("checkpoint_activations", bool, False, "a third more time, a fraction of the memory"),
         ("grad_accum", _count, 1, "batches of n_batch per step and process"),
-        ("compile", bool, False, "torch.compile the repeated blocks"),
+        ("compile", bool, False, "torch.compile the residual blocks"),
+        ("cuda_graphs", bool, False, "the same, on CUDA as graphs (mode reduce-overhead)"),
+        ("cudnn_benchmark", bool, False, "CUDA: the fastest convolutions, by trial at the start"),
     ],
     "logging": [
         ("iters_per_print", _count, 1000, "steps between log lines, which average over them"),

@@ -93,7 +93,8 @@ def prepare_run(s=None):
 def setup_mpi(H):
     """Joins the processes of the run; sets H.mpi_size, H.rank, H.local_rank and H.device.
 
-    From then on float32 is float32 on CUDA too, unless H.precision is tf32.
+    From then on float32 is float32 on CUDA too, unless H.precision is tf32, and cuDNN chooses its
+    convolutions by trial if H.cudnn_benchmark.
     """
     H.mpi_size, H.rank, H.local_rank = mpi_size(), mpi_rank(), local_mpi_rank()
     H.device = resolve_device(H.device)
@@ -103,6 +104,7 @@ def setup_mpi(H):
         # Each process would take every core: with two on two cores, ten times slower.
         torch.set_num_threads(max(1, torch.get_num_threads() // world().local_size))
     allow_tf32(H.precision == "tf32")
+    torch.backends.cudnn.benchmark = bool(H.cudnn_benchmark)
     init_processes(H.device.split(":")[0], H.port, H.timeout)
 
 
@@ -254,8 +256,8 @@ def load_vaes(H, logprint):
     vae, ema_vae = vae.to(H.device), ema_vae.to(H.device)
     if H.checkpoint_activations:
         vae.checkpoint_activations()
-    if H.compile:
-        vae.compile_blocks(), ema_vae.compile_blocks()
+    if H.compile or H.cuda_graphs:
+        vae.compile_blocks(H.cuda_graphs), ema_vae.compile_blocks(H.cuda_graphs)
     parameters = sum(p.numel() for p in vae.parameters())
     logprint(f"{parameters:,} parameters, {len(vae.decoder.dec_blocks)} stochastic layers")
     if mpi_size() == 1:

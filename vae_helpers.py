@@ -182,7 +182,7 @@ class _GeluConvs(torch.autograd.Function):
                 [len(weight)], [1, 1], [ctx.padding] * 2, [1, 1], False, [0, 0], 1,
                 [x_needed, *weights_needed[2 * i : 2 * i + 2]],
             )  # fmt: skip
-            grad_a = grad_input if grad_a is None else grad_a + grad_input
+            grad_a = grad_input if grad_a is None else grad_a.add_(grad_input)
             grad_weights += grad_weight
         if x_needed:
             x = x.permute(0, 2, 3, 1)  # (N, R, R, C), as in gelu
@@ -215,7 +215,7 @@ def is_plain(module, kind):
 
 def gelu_conv(x, conv):
     """conv(gelu(x)), a new tensor, as in gelu_convs, for a conv of get_3x3 or get_1x1."""
-    if not is_plain(conv, nn.Conv2d):
+    if torch.compiler.is_compiling() or not is_plain(conv, nn.Conv2d):
         return conv(gelu(x)).clone()  # a hook may keep what it saw
     return gelu_convs(x, conv.weight, conv.bias)[0]
 

@@ -317,12 +317,13 @@ def test_two_processes_with_every_option(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_agree():
+@pytest.mark.parametrize("cuda_graphs", [False, True])
+def test_compiled_blocks_agree(cuda_graphs):
     H, vae = model("tiny")
     batch = inputs(H, 3, seed=7)
     stats, grads = gradients(vae, batch)
     compiled = copy.deepcopy(vae)
-    compiled.compile_blocks()
+    compiled.compile_blocks(cuda_graphs)
     compiled_stats, compiled_grads = gradients(compiled, batch)
     assert compiled_stats["elbo"].item() == pytest.approx(stats["elbo"].item(), rel=1e-5)
     for key, grad in grads.items():
