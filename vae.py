@@ -577,10 +577,10 @@ class VAE(HModule):
     def importance_weighted_elbo(self, x, x_target, n_samples, noise):
         """The importance-weighted bound of K samples (Burda et al. 2016, eq. 8), negated.
 
-        log (1/K) sum_k p(x, z_k) / q(z_k | x), in which the mean over k of log p/q is replaced by
-        that of the ELBOs with their analytical KL, which has the same expectation and a smaller
-        variance: K = 1 is the ELBO of that noise, and no K is above the mean ELBO of its samples.
-        Memory is that of one sample.
+        log (1/K) sum_k w_k, w_k = p(x, z_k) / q(z_k | x), to which is added the mean over k of what
+        the sampled log q/p of the latents exceeds their analytical KL by. That mean is 0 in
+        expectation, with it K = 1 is the ELBO of that noise, and no K is above the mean ELBO of
+        its samples. A sample of infinite distortion has weight 0. Memory is that of one sample.
 
         Args:
             x, x_target: as in distortion_and_rate.
@@ -588,10 +588,10 @@ class VAE(HModule):
             noise: k from 0 to K - 1 → the `generators` of that sample.
 
         Returns:
-            (N,), nats per dimension, float64.
+            (N,), nats per dimension, float64; inf where all weights are 0, or a KL is infinite.
         """
         activations, n_dims = self.encoder(x), x[0].numel()
-        log_sum, log_mean, elbo_mean = -math.inf, 0, 0
+        log_sum, gap = -math.inf, 0
         for k in range(n_samples):
             px_z, stats = self.decoder(activations, True, noise(k), get_gaussians=True)
             distortion = self.decoder.out_net.nll(px_z, x_target).double() * n_dims  # (N,)
@@ -603,9 +603,9 @@ class VAE(HModule):
                 kl = kl + s["kl"].double().sum(dim=(1, 2, 3))
             log_weight = log_ratio - distortion  # (N,)
             log_sum = torch.logaddexp(torch.as_tensor(log_sum).to(log_weight), log_weight)
-            log_mean = log_mean + log_weight / n_samples
-            elbo_mean = elbo_mean - (distortion + kl) / n_samples
-        return -(elbo_mean + log_sum - math.log(n_samples) - log_mean) / n_dims
+            # An infinite KL makes the bound infinite, whatever the weight: no inf - inf.
+            gap = gap + torch.where(kl == math.inf, kl, kl + log_ratio) / n_samples
+        return (gap + math.log(n_samples) - log_sum) / n_dims
 
     def forward_get_latents(self, x, generators=None, get_gaussians=False):
         """One {z (N, Z, R, R) detached, kl (N, Z, R, R)} per block, from the posterior of x.

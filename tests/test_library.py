@@ -159,3 +159,32 @@ def test_the_bound_is_the_textbook_one_on_average(by_hand):
     ours = -3 * net.importance_weighted_elbo(x, target, k_samples, lambda k: generators(n, 5, k))
     error = (textbook - ours).std().item() / math.sqrt(n)
     assert textbook.mean().item() == pytest.approx(ours.mean().item(), abs=4 * error)
+
+
+@torch.no_grad()
+def test_infinite_terms_of_the_bound(by_hand, monkeypatch):
+    """A sample of infinite distortion has weight 0 among others; where all have, inf is the bound."""
+    H, net, batch, _ = by_hand
+    nll, calls, infinite = net.decoder.out_net.nll, [], set()
+
+    def some_infinite(px_z, x):
+        calls.append(len(calls))
+        value = nll(px_z, x)
+        value[0] += math.inf if calls[-1] in infinite else 0
+        return value
+
+    monkeypatch.setattr(net.decoder.out_net, "nll", some_infinite)
+
+    def bound(n_samples, *at):
+        calls.clear(), infinite.clear(), infinite.update(at)
+        noise = lambda k: generators(2, 7, k)  # noqa: E731
+        return net.importance_weighted_elbo(*batch, n_samples, noise)
+
+    whole, one, both = bound(2), bound(2, 1), bound(2, 0, 1)
+    assert bound(1, 0)[0] == both[0] == math.inf
+    # Beside the other's weight its own is nothing: one less in the sum.
+    assert whole[0] < one[0] < math.inf
+    assert whole[1] == one[1] == both[1]
+    kl = vae_helpers.gaussian_analytical_kl
+    monkeypatch.setattr("vae.gaussian_analytical_kl", lambda *a: kl(*a) + math.inf)
+    assert bound(2).tolist() == [math.inf] * 2
