@@ -386,18 +386,27 @@ class OneLineParser(argparse.ArgumentParser):
             argcomplete.autocomplete(self)
         parsed, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            known = dict.fromkeys(self._known_options())
-            near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=3)
-            hint = f"did you mean {' or '.join(near)}?" if near else "see --help"
-            raise UserError(f"unknown option {unknown[0]!r}: {hint}")
+            raise UserError(f"unknown option {unknown[0]!r}: {self._hint(unknown[0], parsed)}")
         return parsed
 
-    def _known_options(self):
-        known = [option for action in self._actions for option in action.option_strings]
+    def _hint(self, unknown, parsed):
+        """What an unknown option may have been meant to be: one of another command's, or near."""
+        takers = {option: [] for action in self._actions for option in action.option_strings}
+        own = set(takers)  # and those of the command that was given
         for action in self._actions:
             if isinstance(action, argparse._SubParsersAction):
-                known += [o for p in action.choices.values() for o in p._known_options()]
-        return known
+                for command, parser in action.choices.items():
+                    options = [o for a in parser._actions for o in a.option_strings]
+                    if command == getattr(parsed, action.dest):
+                        own.update(options)
+                    for option in options:
+                        takers.setdefault(option, []).append(command)
+        name = unknown.split("=")[0]
+        if name in takers:
+            return f"it is an option of {', '.join(takers[name])}"
+        near = difflib.get_close_matches(name, takers, n=3)
+        words = [o if o in own else f"{o} (of {', '.join(takers[o])})" for o in near]
+        return f"did you mean {' or '.join(words)}?" if near else "see --help"
 
     def error(self, message):
         raise UserError(message)
