@@ -10,39 +10,46 @@ from vae_helpers import nats_to_bits
 # ---- grids ---------------------------------------------------------------------------------
 
 
-def _shortened(text, font, width):
-    """text, with an ellipsis in its middle where it is wider than `width` pixels."""
-    if font.getlength(text) <= width:
-        return text
-    for kept in range(len(text) - 1, 1, -1):
-        short = f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}"
-        if font.getlength(short) <= width:
-            return short
-    return "…"
+def _wrapped(text, font, width):
+    """text on at most three lines of `width` pixels; a longer one has an ellipsis in its middle."""
+
+    def lines_of(text):
+        lines = [""]
+        for character in text:
+            if lines[-1] and font.getlength(lines[-1] + character) > width:
+                lines.append("")
+            lines[-1] += character
+        return lines
+
+    lines, kept = lines_of(text), len(text)
+    while len(lines) > 3:
+        kept -= 1
+        lines = lines_of(f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}")
+    return "\n".join(lines)
 
 
 def labelled_grid(rows, row_labels, column_labels=(), title=""):
     """A PIL image of rows of images, each uint8 (n, S, S, 3), on white with their labels.
 
-    Images under 64 pixels are enlarged by a whole number, to be legible. A row may be shorter
-    than others.
+    Small images are enlarged by a whole number, to be legible: in up to twelve columns to 128
+    pixels at least, in more to 64. A row may be shorter than others.
     """
-    size = rows[0].shape[1]
-    zoom = math.ceil(64 / size)
-    cell, gap = size * zoom, max(4, size * zoom // 32)
+    size, columns = rows[0].shape[1], max(map(len, rows))
+    cell = size * math.ceil((128 if columns <= 12 else 64) / size)
+    gap = max(4, cell // 32)
     font = ImageFont.load_default(max(13, cell // 12))
     line = int(font.size * 1.5)
+    column_labels = [_wrapped(label, font, cell) for label in column_labels]
+    depth = max((label.count("\n") + 1 for label in column_labels), default=0)
     left = int(max(map(font.getlength, row_labels))) + 2 * gap
-    top = gap + line * (bool(title) + bool(column_labels))
-    width = left + max(map(len, rows)) * (cell + gap)
-    width = max(width, int(font.getlength(title)) + 2 * gap)
+    top = gap + line * (bool(title) + depth)
+    width = max(left + columns * (cell + gap), int(font.getlength(title)) + 2 * gap)
     canvas = Image.new("RGB", (width, top + len(rows) * (cell + gap)), "white")
     draw = ImageDraw.Draw(canvas)
     draw.text((gap, gap), title, "black", font)
     for column, label in enumerate(column_labels):
         center = left + column * (cell + gap) + cell // 2
-        text = _shortened(label, font, cell)
-        draw.text((center, top - gap), text, "black", font, anchor="md")
+        draw.text((center, top - gap), label, "black", font, anchor="md", align="center")
     for row, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
         y = top + row * (cell + gap)
         draw.text((left - gap, y + cell // 2), label, "black", font, anchor="rm")
