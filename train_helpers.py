@@ -22,9 +22,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from data import keep_image_record, mkdir_p, read_json
+from data import keep_image_record, mkdir_p, read_record
 from hps import (
     HPARAMS_REGISTRY,
+    IMAGE_SETS,
     OPTIONS,
     Hyperparams,
     OneLineParser,
@@ -321,6 +322,42 @@ def preset_of(shapes):
     return None
 
 
+# What the shapes of the weights depend on, and what the network is fed.
+NETWORK = {"dataset", "image_size", "image_channels"} | {name for name, *_ in OPTIONS["network"]}
+
+
+def recorded_hparams(path):
+    """Hyperparameters of the run that wrote the weights `path`, or None where nothing tells them.
+
+    They stand in PREFIX-state.json beside PREFIX-model.th and PREFIX-model-ema.th, or beside the
+    file that `path` is a link to.
+
+    Raises:
+        UserError: if that file is damaged, or tells of no network.
+    """
+    for place in (Path(path), Path(os.path.realpath(path))):
+        name, ours = re.subn(r"(^|-)model(-ema)?\.th$", r"\1state.json", place.name)
+        state = place.with_name(name)
+        if ours and state.exists():
+            break
+    else:
+        return None
+    try:
+        H = Hyperparams(json.loads(state.read_bytes())["hparams"])
+        if H.dataset not in (None, *IMAGE_SETS):
+            raise ValueError(f"unknown dataset {H.dataset!r}")
+        H.hparam_sets = H.hparam_sets or f"{H.dataset}"  # of a program's own run
+        with torch.device("meta"):
+            VAE(H)
+    except Exception as error:  # a damaged file raises nearly anything
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{state} does not tell the network of {path} ({reason}): name its preset (--hps) and "
+            f"the other options of the network it was trained with, or move {state.name} away"
+        ) from None
+    return H
+
+
 def read_weights(path, map_ddp=True):
     """The state dict of a VAE in model.th or model-ema.th, ours or released, on the CPU.
 
@@ -337,8 +374,8 @@ def read_weights(path, map_ddp=True):
     return state
 
 
-def check_weights(model, state, path):
-    """Holds a state dict, read from `path`, against a VAE's.
+def check_weights(model, state, path, asked="asked for"):
+    """Holds a state dict, read from `path`, against a VAE's; `asked` says who wants that one.
 
     Raises:
         UserError: if it is that of another model, naming its preset.
@@ -350,7 +387,7 @@ def check_weights(model, state, path):
         odd = [n for n in [*wanted, *found] if wanted.get(n) != found.get(n)]
         what = f"the {preset} model" if preset else "a model of none of the presets"
         raise UserError(
-            f"{path} holds {what}, not the one asked for ({len(odd)} entries differ; "
+            f"{path} holds {what}, not the one {asked} ({len(odd)} entries differ; "
             f"{odd[0]}: {found.get(odd[0], 'absent')} in the file, "
             f"{wanted.get(odd[0], 'absent')} in the model): "
             + (f"use --hps {preset}" if preset else "use the options it was trained with")
@@ -387,18 +424,20 @@ def load_model(path, hps=None, device=None):
 
     Args:
         path: model-ema.th (the better weights) or model.th, ours or released; an address too.
-        hps: what get_hparams gives, or a preset's name; None: the preset is told by the file.
+        hps: what get_hparams gives, or a preset's name; None: as recorded by the run beside the
+            weights (recorded_hparams), else the preset that the shapes in the file tell.
         device: "cpu", "cuda", or None for CUDA where there is one.
 
     Returns:
         VAE without gradients; its H holds the hyperparameters, image_size and device among them.
 
     Raises:
-        UserError: for a file that can't be read, or is of no preset or another model.
+        UserError: for a file that can't be read, or is of no preset or another model; as
+            recorded_hparams.
     """
     path = maybe_download(path)
-    state = read_weights(path)
-    H = get_hparams(hps) if isinstance(hps, str) else hps or preset_of(_shapes(state))
+    state, recorded = read_weights(path), None if hps else recorded_hparams(path)
+    H = get_hparams(hps) if isinstance(hps, str) else hps or recorded or preset_of(_shapes(state))
     if H is None:
         raise UserError(
             f"{path} holds a model of none of the presets: name the preset (--hps) and the other "
@@ -406,11 +445,12 @@ def load_model(path, hps=None, device=None):
         )
     H = Hyperparams(H, device=resolve_device(device))
     if H.dataset == "images":  # what is measured of them lies in the run's folder
-        facts = read_json(Path(path).with_name("images.json")) or {}
-        H.update({f"image_{key}": facts[key] for key in ("mean", "std") if key in facts})
+        facts = read_record(path, {"mean", "std"}) or {}
+        H.update({f"image_{key}": facts[key] for key in ("mean", "std") if facts})
     with torch.device("meta"):
         model = VAE(H)
-    check_weights(model, state, path)
+    asked = "that the run beside it has recorded" if recorded else "asked for"
+    check_weights(model, state, path, asked)
     model.to_empty(device="cpu").load_state_dict(state)  # initial weights would be a waste
     return model.requires_grad_(False).eval().to(H.device)
 
@@ -670,13 +710,12 @@ def resume_run(H, logprint):
         return
     path, H.resumed = found
     logprint(f"resuming from {path}: step {H.resumed['step']}, epoch {H.resumed['epoch']}")
-    network = {"dataset", "image_size", "image_channels"} | {n for n, *_ in OPTIONS["network"]}
     old = H.resumed["hparams"]
     for key in sorted((old.keys() & H.keys()) - PLACES):
         if old[key] == H[key]:
             continue
         change = f"{key} is {H[key]!r} now; the run had {old[key]!r}"
-        if key in network:
+        if key in NETWORK:
             raise UserError(f"--resume: {change}, and the network depends on it: set it back")
         logprint(f"WARNING: {change}: it goes on, but not bit for bit as without a break")
     H.restore_path = os.path.join(path, "model.th")
