@@ -8,10 +8,13 @@ rounding, in any batch size and however many others are made.
 """
 
 import argparse
+import contextlib
+import functools
 import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -58,7 +61,7 @@ def add_common_options(parser, in_command):
 
     group = parser.add_argument_group("model")
     add(group, "restore_ema_path", None, "weights: PREFIX-model-ema.th, a path or an address")
-    add(group, "hps", None, "preset (none: told by the weights)")
+    add(group, "hps", None, "preset (none: told by the weights, or their run's state.json)")
     add(group, "device", "auto", "auto, cpu or cuda; auto is CUDA where there is one",
         type=TYPES["device"])  # fmt: skip
     add(group, "seed", 0, "seed of the noise", type=TYPES["seed"])
@@ -111,7 +114,8 @@ def make_parser():
     add_keep_options(sub, temperature=0.1)
     sub = command("progressive", progressive, "how images form: more layers row by row")
     sub.add_argument("images", nargs="*", help="image files, as in reconstruct (none: samples)")
-    sub.add_argument("--n", type=count, default=8, help="samples, where no images are given")
+    sub.add_argument("--n", dest="columns", metavar="N", type=count, default=8,
+                     help="samples, where no images are given")  # fmt: skip
     sub.add_argument("--temperature", type=temperatures, default=1.0, help="of the samples' "
                      "latents: a number, or R:t,R:t")  # fmt: skip
     sub.add_argument("--rest", type=number, default=0.1,
@@ -202,21 +206,75 @@ def read_images(paths, size):
 # ---- where images go -----------------------------------------------------------------------
 
 
+def check_out(args):
+    """Holds --out against what the command can write.
+
+    Raises:
+        UserError: for another kind of file, or latents that go to no .npz.
+    """
+    suffix = Path(args.out).suffix.lower()
+    if args.command == "encode" and suffix != ".npz":
+        raise UserError(f"--out {args.out}: latents go to an .npz file, name one")
+    if suffix == ".npy" or suffix != ".png" and suffix in Image.registered_extensions():
+        raise UserError(
+            f"--out {args.out}: images go to NAME.png, NAME.npz or a folder, whose name must not "
+            f"end in {suffix}"
+        )
+
+
 def check_free(args):
-    """Raises UserError where the output exists, unless --force is given."""
+    """Raises UserError where the output can't be written or, without --force, exists."""
+    if os.path.isdir(args.out):
+        raise UserError(f"{args.out} is a folder: name another --out")
     if os.path.exists(args.out) and not args.force:
         raise UserError(f"{args.out} exists already: name another --out, or add --force")
+    Path(f"{args.out}.partial").touch()  # as replace does in the end
+    Path(f"{args.out}.partial").unlink()
+
+
+@contextlib.contextmanager
+def writing(args, remedy=""):
+    """Turns an OSError of the body into a UserError that names --out."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{args.out} can't be written ({error.strerror}): make room or name another --out"
+            f"{remedy}"
+        ) from None
 
 
 def replace(path, write):
     """Writes a file through write(temporary path): `path` is whole or not there."""
-    partial = f"{path}.partial"
-    write(partial)
-    os.replace(partial, path)
+    partial = Path(f"{path}.partial")
+    try:
+        write(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 # Options that change no image, beside the weights' path, for which their hash stands.
 NOT_SETTINGS = ("restore_ema_path", "hps", "device", "n_batch", "n", "out", "force", "function")
+
+
+def read_settings(path):
+    """What check_settings has kept in a file, or None where there is none.
+
+    Raises:
+        UserError: for a file that is no JSON object.
+    """
+    try:
+        settings = json.loads(path.read_bytes())
+        if not isinstance(settings, dict):
+            raise ValueError("no JSON object")
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise UserError(
+            f"{path} does not tell what images it belongs to ({error}): name another --out"
+        ) from None
+    return settings
 
 
 def check_settings(path, args):
@@ -229,16 +287,15 @@ def check_settings(path, args):
         settings = {"weights": hashlib.file_digest(file, "sha256").hexdigest()}
     settings |= {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings = json.loads(json.dumps(settings))  # as they are read back
-    if path.exists():
-        found = json.loads(path.read_text())
-        for key, value in settings.items():
-            if found.get(key) != value:
-                raise UserError(
-                    f"{path} tells of images made with {key} {found.get(key)}, not {value}: name "
-                    f"another --out, or add --force to start anew"
-                )
-    else:
-        replace(path, lambda partial: Path(partial).write_text(json.dumps(settings)))
+    found = read_settings(path)
+    for key, value in settings.items() if found is not None else ():
+        if found.get(key) != value:
+            raise UserError(
+                f"{path} tells of images made with {key} {found.get(key)}, not {value}: name "
+                f"another --out, or add --force to start anew"
+            )
+    if found is None:
+        replace(path, lambda partial: partial.write_text(json.dumps(settings)))
 
 
 class NpzFile:
@@ -246,6 +303,8 @@ class NpzFile:
 
     The .part holds nothing but pixels: its length tells how many images are done.
     """
+
+    remedy = "; the same command then goes on"
 
     def __init__(self, args, size):
         self.out, self.shape = Path(args.out), (size, size, 3)
@@ -256,6 +315,11 @@ class NpzFile:
         if args.force:
             self.part.unlink(missing_ok=True)
             self.settings.unlink(missing_ok=True)
+        if self.part.exists() and not self.settings.exists():
+            raise UserError(
+                f"{self.part} is there without {self.settings.name}, which tells what it is: name "
+                f"another --out, or add --force to replace it"
+            )
         check_settings(self.settings, args)
         # Whole batches only: what follows is then, bit for bit, what a run in one go makes.
         whole = args.n_batch * math.prod(self.shape)
@@ -287,17 +351,20 @@ class NpzFile:
 class Folder:
     """A folder of 000000.png, 000001.png, ..."""
 
+    remedy = "; the same command then goes on"
+
     def __init__(self, args, size):
         self.folder = Path(args.out)
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = self.folder / "settings.json"
         # Other programs have files of that name too.
-        ours = settings.exists() and '"weights"' in settings.read_text()
-        if not ours and any(self.folder.iterdir()):
+        ours = "weights" in (read_settings(settings) or ())
+        # A kill before the first image leaves the name at most that the settings are written under.
+        if not ours and any(p.name != f"{settings.name}.partial" for p in self.folder.iterdir()):
             raise UserError(f"{self.folder} holds other files: name a new folder with --out")
         if args.force and ours:
-            for path in (settings, *self.folder.glob("[0-9]" * 6 + ".png")):
-                path.unlink()
+            self.remove_from(0)
+            settings.unlink()
         check_settings(settings, args)
         self.done = 0
         while self.path(self.done).exists():
@@ -307,17 +374,26 @@ class Folder:
     def path(self, i):
         return self.folder / f"{i:06}.png"
 
+    def remove_from(self, n):
+        """Removes image n and all behind it, and what a kill has left of any."""
+        for path in self.folder.iterdir():
+            match = re.fullmatch(r"(\d{6,})\.png(\.partial)?", path.name, re.ASCII)
+            if match and (int(match[1]) >= n or match[2]):
+                path.unlink()
+
     def write(self, images):
         for image in images:
             replace(self.path(self.done), lambda p, i=image: Image.fromarray(i).save(p, "PNG"))
             self.done += 1
 
     def finish(self, n):
-        pass
+        self.remove_from(n)  # an earlier run may have made more
 
 
 class Grid:
     """One picture with labels, drawn at the end by draw(images) → PIL image."""
+
+    remedy = ""
 
     def __init__(self, args, draw):
         check_free(args)
@@ -342,25 +418,17 @@ def deliver(args, model, n, make, draw):
     Raises:
         UserError: if args.out exists, is too large a grid or can't be written.
     """
-    if args.out.endswith(".png") and n > GRID_LIMIT:
+    kind = {".png": Grid, ".npz": NpzFile}.get(Path(args.out).suffix.lower(), Folder)
+    if kind is Grid and n > GRID_LIMIT:
         raise UserError(f"{n} images in one grid are too many: give --out a .npz or a folder")
-    try:
-        if args.out.endswith(".png"):
-            sink = Grid(args, draw)
-        else:
-            kind = NpzFile if args.out.endswith(".npz") else Folder
-            sink = kind(args, model.H.image_size)
+    with writing(args, kind.remedy):
+        sink = kind(args, draw if kind is Grid else model.H.image_size)
         with tqdm(total=n, initial=min(sink.done, n), unit=" images", disable=None) as bar:
             for first in range(sink.done, n, args.n_batch):
                 indices = range(first, min(first + args.n_batch, n))
                 sink.write(make(indices))
                 bar.update(len(indices))
         sink.finish(n)
-    except OSError as error:
-        raise UserError(
-            f"{args.out} can't be written ({error.strerror}): make room or name another --out; "
-            f"the same command then goes on"
-        ) from None
     print(f"{args.out}: {n} images of {model.H.image_size} pixels")
 
 
@@ -408,9 +476,9 @@ def latents_of(args, model, images, indices, get_gaussians=False):
     return model.forward_get_latents(x, noise(args, ENCODING, indices), get_gaussians)
 
 
-def decoded(args, model, latents, t, indices):
+def decoded(args, model, latents, t, indices, purpose=DECODING):
     """uint8 images of latents, one (n, Z, R, R) a block; `indices` own the rest's noise."""
-    generators = noise(args, DECODING, indices)
+    generators = noise(args, purpose, indices)
     return model.forward_samples_set_latents(len(indices), latents, t, generators, args.mean)
 
 
@@ -432,7 +500,7 @@ def reconstruct(args, model):
         for first in range(0, len(images), 12):
             rows += [originals[first : first + 12], images[first : first + 12]]
             labels += ["original", "reconstruction"]
-        names = [Path(path).name for path in args.images] if len(images) <= 12 else ()
+        names = [Path(path).stem for path in args.images] if len(images) <= 12 else ()
         return labelled_grid(
             rows, labels, names, f"{name_of(model, args)}: {kept(model, k, args.temperature)}"
         )
@@ -453,7 +521,7 @@ def interpolate(args, model):
         return decoded(args, model, latents, t, [0] * len(indices))
 
     def draw(images):
-        a, b = (Path(path).name for path in args.images)
+        a, b = (Path(path).stem for path in args.images)
         row = np.concatenate([originals[:1], images, originals[1:]])
         columns = [a, *(f"{w:.2f}" for w in weights.tolist()), b]
         title = f"{name_of(model, args)}: {kept(model, k, args.temperature)}"
@@ -464,47 +532,48 @@ def interpolate(args, model):
 
 def progressive(args, model):
     bases = [block.base for block in model.decoder.dec_blocks]
-    t = per_block(model, args.temperature)
     ends = [i + 1 for i, base in enumerate(bases) if bases[i + 1 : i + 2] != [base]]
-    rows, labels = [], []
-    n = len(args.images) or args.n
+    labels = [f"to {bases[k - 1]}x{bases[k - 1]}: {k} of {len(bases)} layers" for k in ends]
+    t, n = per_block(model, args.temperature), len(args.images) or args.columns
     originals = read_images(args.images, model.H.image_size) if args.images else None
 
-    def row(k):
-        """The images of all columns with the first k layers their own, the rest at --rest."""
-        images = []
-        for first in range(0, n, args.n_batch):
-            indices = range(first, min(first + args.n_batch, n))
-            if args.images:
-                stats = latents_of(args, model, originals[first : indices.stop], indices)
-                latents, ts = [s["z"] for s in stats[:k]], args.rest
-            else:  # the same generators: the first k layers are those of the other rows
-                latents, ts = [], t[:k] + [args.rest] * (len(t) - k)
-            images.append(decoded(args, model, latents, ts, indices))
-        return np.concatenate(images)
+    @functools.cache
+    def encoded():
+        """The z of all images, (n, Z, R, R) by block: a row has the first of them."""
+        batches = [range(i, min(i + args.n_batch, n)) for i in range(0, n, args.n_batch)]
+        stats = [latents_of(args, model, originals[b.start : b.stop], b) for b in batches]
+        return [torch.cat([s["z"] for s in block]) for block in zip(*stats, strict=True)]
 
-    for k in tqdm(ends, unit=" rows", disable=None):
-        rows.append(row(k))
-        labels.append(f"to {bases[k - 1]}x{bases[k - 1]}: {k} of {len(bases)} layers")
-    everything = np.concatenate(rows)
+    def make(indices):
+        """Images of the grid, row by row: in row i the first ends[i] layers are decided."""
+        parts = []
+        for row in range(indices.start // n, -(-indices.stop // n)):
+            k = ends[row]
+            columns = range(max(indices.start - row * n, 0), min(indices.stop - row * n, n))
+            if args.images:
+                latents = [z[columns.start : columns.stop] for z in encoded()[:k]]
+                parts.append(decoded(args, model, latents, args.rest, columns))
+            else:  # the same generators: the first k layers are those of the other rows
+                ts = t[:k] + [args.rest] * (len(t) - k)
+                parts.append(decoded(args, model, (), ts, columns, SAMPLING))
+        return np.concatenate(parts)
 
     def draw(images):
-        shown, names = [*rows], [*labels]
+        rows, names = [*images.reshape(len(ends), n, *images.shape[1:])], [*labels]
         if args.images:
-            shown.append(originals)
+            rows.append(originals)
             names.append("original")
-        columns = [Path(path).name for path in args.images] or [str(i) for i in range(n)]
+        columns = [Path(path).stem for path in args.images] or [str(i) for i in range(n)]
         what = "" if args.images else f"samples, {say(args.temperature)}, seed {args.seed}, "
         title = f"{name_of(model, args)}: {what}layers to come at t = {args.rest:g}"
-        return labelled_grid(shown, names, columns, title)
+        return labelled_grid(rows, names, columns, title)
 
-    deliver(args, model, len(everything), lambda r: everything[r.start : r.stop], draw)
+    deliver(args, model, len(ends) * n, make, draw)
 
 
 def encode(args, model):
-    check_free(args)
-    if not args.out.endswith(".npz"):
-        raise UserError(f"--out {args.out}: latents go to an .npz file")
+    with writing(args):
+        check_free(args)
     originals = read_images(args.images, model.H.image_size)
     arrays = {}
     for first in tqdm(range(0, len(originals), args.n_batch), unit=" batches", disable=None):
@@ -521,10 +590,8 @@ def encode(args, model):
         with open(path, "wb") as file:
             np.savez(file, **with_names)
 
-    try:
+    with writing(args):
         replace(args.out, write)
-    except OSError as error:
-        raise UserError(f"{args.out} can't be written ({error.strerror}): name another") from None
     print(f"{args.out}: {len(originals)} images, {len(model.decoder.dec_blocks)} layers")
 
 
@@ -544,8 +611,11 @@ def read_latents(path, model):
                     if z.shape != (n, block.zdim, block.base, block.base):
                         raise ValueError(f"z{i:03} is {z.shape}, layer {i} of the model "
                                          f"{(n, block.zdim, block.base, block.base)}")  # fmt: skip
-                latents.append(z if z is None else torch.from_numpy(z).float().to(model.H.device))
-        if n is None:
+                    z = torch.from_numpy(z).float().to(model.H.device)
+                    if not z.isfinite().all():
+                        raise ValueError(f"z{i:03} has numbers that are not finite")
+                latents.append(z)
+        if not n:
             raise ValueError("it has no z000")
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: make it with sample.py encode") from None
@@ -580,6 +650,7 @@ def decode(args, model):
 def main():
     args = make_parser().parse_args()
     args.out = args.out or ("latents.npz" if args.command == "encode" else f"{args.command}.png")
+    check_out(args)
     args.function(args, open_model(args))
 
 

@@ -1,5 +1,6 @@
 """sample.py: its commands as a user runs them, in a process of their own where that matters."""
 
+import json
 import shlex
 import signal
 import subprocess
@@ -14,8 +15,9 @@ from PIL import Image
 from test_processes import REPO, environment
 
 import sample
+from data import preprocess
 from hps import UserError, get_hparams
-from train_helpers import load_model
+from train_helpers import load_model, save_run
 from vae import VAE
 
 
@@ -80,6 +82,11 @@ def test_folder_of_pngs(run, tmp_path):
     run("samples --n 5 --out pngs --n_batch 2")  # more of them
     pngs = np.stack([np.asarray(Image.open(f"pngs/{i:06}.png")) for i in range(5)])
     assert nearly_equal(pngs, arr_0("a.npz"))
+    (tmp_path / "pngs" / "000007.png.partial").touch()  # of a kill
+    run("samples --n 2 --out pngs --n_batch 2")  # fewer
+    assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == [
+        "000000.png", "000001.png", "settings.json",
+    ]  # fmt: skip
     with pytest.raises(UserError, match="seed 0, not 1"):
         run("samples --n 5 --out pngs --seed 1")
     run("samples --n 5 --out pngs --seed 1 --force")
@@ -99,6 +106,58 @@ def test_force_removes_nothing_of_others(run, tmp_path):
     assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == [
         "000000.png", "notes.txt", "settings.json",
     ]  # fmt: skip
+
+
+def test_what_a_kill_or_another_program_has_left(run, tmp_path):
+    (tmp_path / "pngs").mkdir()
+    (tmp_path / "pngs" / "settings.json.partial").write_text('{"wei')
+    run("samples --n 1 --out pngs")
+    assert {p.name for p in (tmp_path / "pngs").iterdir()} == {"000000.png", "settings.json"}
+    for content in (b"", b"[]", b'{"weights": "1', b"\xff"):
+        (tmp_path / "pngs" / "settings.json").write_bytes(content)
+        (tmp_path / "a.npz.part.json").write_bytes(content)
+        for out, file in (("pngs", "pngs/settings.json"), ("a.npz", "a.npz.part.json")):
+            with pytest.raises(UserError, match=f"{file} does not tell.*name another --out"):
+                run(f"samples --n 1 --out {out}")
+            assert (tmp_path / file).read_bytes() == content
+    (tmp_path / "a.npz.part.json").unlink()
+    (tmp_path / "a.npz.part").write_text("another program's")
+    with pytest.raises(UserError, match="a.npz.part is there without a.npz.part.json"):
+        run("samples --n 1 --out a.npz")
+    assert (tmp_path / "a.npz.part").read_text() == "another program's"
+    (tmp_path / "a.png.partial").write_text("half a picture")
+    run("samples --n 1 --out a.png --force")
+    assert not (tmp_path / "a.png.partial").exists()
+
+
+def test_the_place_is_tried_before_anything_is_made(run, tmp_path, monkeypatch):
+    """And a grid, unlike an .npz or a folder, begins anew: its message promises nothing else."""
+    for name in ("forward_samples_set_latents", "forward_get_latents"):
+        monkeypatch.setattr(VAE, name, lambda *args: pytest.fail("made before the door"))
+    (tmp_path / "taken.png").touch()
+    for line in ("samples", "reconstruct a.png", "progressive", "progressive a.png"):
+        for out, words in (
+            ("no/such/g.png", r"No such file.*another --out$"),
+            ("taken.png", "exi"),
+        ):
+            with pytest.raises(UserError, match=words):
+                run(f"{line} --out {out}")
+    for out in ("no/such/a.npz", "a.png/folder"):
+        with pytest.raises(UserError, match="can't be written.*then goes on$"):
+            run(f"samples --out {out}")
+    with pytest.raises(UserError, match=r"No such file.*another --out$"):
+        run("encode a.png --out no/such/a.npz")
+
+
+def test_the_mean_of_the_mixture_has_no_noise_of_pixels(run):
+    run("reconstruct a.png b.jpg --mean --out m1.npz")
+    run("reconstruct a.png b.jpg --mean --out m2.npz")
+    run("reconstruct a.png b.jpg --out s.npz")
+    run("encode a.png b.jpg")
+    run("decode latents.npz --mean --seed 5 --out m3.npz")  # the same latents, another seed
+    assert np.array_equal(arr_0("m1.npz"), arr_0("m2.npz"))
+    assert np.array_equal(arr_0("m1.npz"), arr_0("m3.npz"))
+    assert not nearly_equal(arr_0("m1.npz"), arr_0("s.npz"))
 
 
 def test_a_killed_run_goes_on_where_it_stopped(run, tmp_path):
@@ -171,7 +230,7 @@ def test_interpolate_ends_at_the_reconstructions(run):
     assert max(gaps) < abs(frames[4] - frames[0]).mean()
 
 
-def test_progressive_ends_at_the_image_itself(run):
+def test_progressive_ends_at_the_image_itself(run, monkeypatch):
     run("progressive --n 3 --mean --temperature 0.7 --out p.npz")
     rows = arr_0("p.npz").reshape(3, 3, 8, 8, 3)  # 1x1, 4x4, 8x8; three samples
     run("progressive --n 3 --mean --temperature 0.7 --rest 0.7 --out q.npz")
@@ -179,6 +238,18 @@ def test_progressive_ends_at_the_image_itself(run):
     assert np.array_equal(rows[2], others[2])
     assert all(np.array_equal(others[i], others[2]) for i in (0, 1))
     assert not np.array_equal(rows[0], rows[2])
+    run("samples --n 3 --mean --temperature 0.7 --out s.npz")
+    assert np.array_equal(rows[2], arr_0("s.npz"))
+    run("progressive --n 3 --n_batch 4 --mean --temperature 0.7 --out b.npz")  # across rows
+    assert nearly_equal(arr_0("b.npz"), rows.reshape(9, 8, 8, 3))
+    encoded, encode = [], VAE.forward_get_latents
+    monkeypatch.setattr(
+        VAE,
+        "forward_get_latents",
+        lambda self, x, *a: encoded.append(len(x)) or encode(self, x, *a),
+    )
+    run("progressive a.png b.jpg a.png --n_batch 2 --mean --out p3.npz")
+    assert encoded == [2, 1]  # each image once, not once a row
     run("progressive a.png b.jpg --mean --out p2.npz")
     run("reconstruct a.png b.jpg --mean --out r.npz")
     assert np.array_equal(arr_0("p2.npz")[4:], arr_0("r.npz"))
@@ -187,16 +258,17 @@ def test_progressive_ends_at_the_image_itself(run):
 @pytest.mark.parametrize(
     "line, width, height",
     [
-        ("samples --n 20 --out g.png", 8 * 68, 3 * 68),
-        ("reconstruct a.png b.jpg --out g.png", 2 * 68, 2 * 68),
-        ("interpolate a.png b.jpg --steps 3 --out g.png", 5 * 68, 68),
-        ("progressive a.png b.jpg --out g.png", 2 * 68, 4 * 68),
+        ("samples --n 20 --out g.PNG", 8 * 132, 3 * 132),
+        ("samples --n 400 --out g.png", 20 * 68, 20 * 68),
+        ("reconstruct a.png b.jpg --out g.png", 2 * 132, 2 * 132),
+        ("interpolate a.png b.jpg --steps 3 --out g.png", 5 * 132, 132),
+        ("progressive a.png b.jpg --out g.png", 2 * 132, 4 * 132),
     ],
 )
 def test_grids(run, line, width, height):
     run(line)
-    picture = Image.open("g.png")
-    # Images of 8 pixels are enlarged to 64; beside and above them stand the words.
+    picture = Image.open(line.split()[-1])
+    # Images of 8 pixels are enlarged to 128 or 64; beside and above them stand the words.
     assert width < picture.width < width + 250 and height < picture.height < height + 50
     pixels = np.asarray(picture)
     assert (pixels[: picture.height - height] < 128).any()
@@ -204,6 +276,9 @@ def test_grids(run, line, width, height):
 
 def test_errors_are_one_line(run, tmp_path):
     (tmp_path / "text.png").write_text("no picture")
+    (tmp_path / "folder.png").mkdir()
+    z = np.array([[[[0.0]]] * 8])
+    np.savez("infinite.npz", z000=z, z001=z + np.inf)
     run("samples --n 1 --out taken.png")
     before = (tmp_path / "taken.png").read_bytes()
     for line, words in [
@@ -212,14 +287,24 @@ def test_errors_are_one_line(run, tmp_path):
         ("samples --out no/folder/a.npz", "no/folder/a.npz can't be written"),
         ("samples --temperature 2:0.5", "resolution 2: .* 1, 4, 8"),
         ("samples --temperature 1:a", "'a'"),
-        ("samples --layer 3", "--layer.*--layers"),
+        (
+            "samples --layer 3",
+            r"'--layer': did you mean --layers \(of reconstruct, interp.*decode\)",
+        ),
+        ("samples --layers 3", "'--layers': it is an option of reconstruct, interpolate, decode$"),
+        ("samples --temprature 3", r"did you mean --temperature\?"),
+        ("samples --out s.JPG", "s.JPG: images go to NAME.png.* must not end in .jpg"),
+        ("samples --out s.npy", "must not end in .npy"),
+        ("samples --out folder.png --force", "folder.png is a folder"),
+        ("progressive --n 500", "1500 images in one grid"),
+        ("decode infinite.npz", "infinite.npz holds no latents.*z001 .*not finite"),
         ("samples --zdim 3", "--zdim.*--hps"),
         ("reconstruct text.png", "text.png cannot be decoded"),
         ("reconstruct a.png --layers 12", "--layers 12: this model has 11 layers"),
         ("reconstruct a.png --resolution 2", "--resolution 2: .* 1, 4, 8"),
         ("decode a.png", "a.png holds no latents"),
         ("decode absent.npz", "absent.npz does not exist"),
-        ("encode a.png --out a.png", "exists"),
+        ("encode a.png --out infinite.npz", "exists"),
         ("encode a.png --out b.png", ".npz"),
         ("encode a.png --out no/folder/b.npz", "no/folder/b.npz can't be written"),
         ("--hps cifar10 samples", "holds the digits model"),
@@ -255,6 +340,67 @@ def test_a_model_needs_no_data_no_mpi_no_argv(folder):
     env = environment(PYTHONPATH=str(REPO))
     done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
+
+
+@pytest.fixture
+def other_run(tmp_path):
+    """A run's folder whose weights have the shapes of the preset digits, but not its blocks."""
+    H = get_hparams("digits", dec_blocks="1x2,4m1,4x4,8m4,8x3", dataset="images", image_size=8)
+    H.update(hparam_sets="digits", image_mean=70.0, image_std=90.0, save_dir=str(tmp_path))
+    vae, folder = VAE(H), tmp_path / "run"
+    folder.mkdir()
+    optimizer = torch.optim.AdamW(vae.parameters())
+    save_run(str(folder / "latest"), vae, vae, optimizer, H, {"step": 1})
+    return folder
+
+
+def test_a_network_is_what_its_run_has_recorded(other_run, tmp_path):
+    """The shapes alone would tell of the preset, and other pictures come of its order of blocks."""
+    (tmp_path / "link.th").symlink_to(other_run / "latest-model-ema.th")
+    paths = [other_run / "latest-model-ema.th", other_run / "latest-model.th"]
+    paths += [*other_run.glob("sets/0*/model-ema.th"), tmp_path / "link.th"]
+    assert len(paths) == 4
+    for path in paths:
+        H = load_model(str(path)).H
+        assert (H.dec_blocks, H.dataset) == ("1x2,4m1,4x4,8m4,8x3", "images")
+        assert (H.image_size, H.image_mean, H.image_std) == (8, 70.0, 90.0)
+        assert H.hparam_sets == "digits"
+    assert load_model(str(paths[0]), "digits").H.dec_blocks == get_hparams("digits").dec_blocks
+    # Away from its run nothing but the shapes is left.
+    alone = tmp_path / "latest-model-ema.th"
+    alone.write_bytes(paths[0].read_bytes())
+    assert load_model(str(alone)).H.dataset == "digits"
+
+
+def test_own_images_are_normalized_as_images_json_says(other_run):
+    """Beside the weights it counts more than what the run has recorded, or the preset."""
+    (other_run / "images.json").write_text('{"mean": 100.0, "std": 50.0}')
+    images = np.full((1, 8, 8, 3), 125, np.uint8)
+    for hps in (None, get_hparams("digits", dataset="images", image_size=8)):
+        model = load_model(str(other_run / "latest-model-ema.th"), hps)
+        assert preprocess(images, model.H)[0].unique().tolist() == [0.5]
+    (other_run / "images.json").write_text('{"mean": 100.0}')
+    with pytest.raises(UserError, match="images.json lacks"):
+        load_model(str(other_run / "latest-model-ema.th"))
+
+
+def test_a_state_that_tells_of_no_network_is_refused(other_run):
+    path, state = other_run / "latest-model-ema.th", other_run / "latest-state.json"
+    whole = state.read_text()
+    hparams = json.loads(whole)["hparams"]
+    contents = [whole[:-20], "", "{}", "[1]", '{"hparams": 3}', b"\xff\x00"]
+    changes = [{"dataset": "mnist"}, {"width": "48"}, {"zdim": 1.5}, {"dec_blocks": "1x2,8q3"}]
+    contents += [json.dumps({"hparams": hparams | change}) for change in changes]
+    for content in contents:
+        state.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(UserError, match="latest-state.json does not tell .*--hps") as error:
+            load_model(str(path))
+        assert "\n" not in str(error.value)
+        assert load_model(str(path), "digits").H.dataset == "digits"
+    state.write_text(json.dumps({"hparams": hparams | {"zdim": 4}}))
+    words = "holds the digits model, not the one that the run beside it has recorded.*--hps digits"
+    with pytest.raises(UserError, match=words):
+        load_model(str(path))
 
 
 def test_load_model_takes_a_preset_or_hyperparameters(folder):
