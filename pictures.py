@@ -78,9 +78,9 @@ def draw_rates(path, resolutions, rates, title):
     figure = Figure(figsize=(11, 4.2), layout="constrained")
     figure.suptitle(title)
     layers, sums = figure.subplots(1, 2, width_ratios=(2.4, 1))
-    layers.bar(range(1, len(bits) + 1), bits, color=[colors[r] for r in resolutions])
+    layers.bar(range(len(bits)), bits, color=[colors[r] for r in resolutions])
     layers.xaxis.get_major_locator().set_params(integer=True)
-    layers.set(xlabel="stochastic layer, from the top", ylabel="rate, bits/dim")
+    layers.set(xlabel="stochastic layer, from 0 at the top", ylabel="rate, bits/dim")
     total = bits.sum()
     for row, r in enumerate(names):
         value = bits[np.asarray(resolutions) == r].sum()

@@ -163,7 +163,7 @@ def test_the_bound_is_the_textbook_one_on_average(by_hand):
 
 @torch.no_grad()
 def test_infinite_terms_of_the_bound(by_hand, monkeypatch):
-    """A sample of infinite distortion has weight 0 among others; where all have, inf is the bound."""
+    """A sample of infinite distortion has weight 0 among others; where all have, it is inf."""
     H, net, batch, _ = by_hand
     nll, calls, infinite = net.decoder.out_net.nll, [], set()
 
