@@ -52,6 +52,14 @@ def test_what_is_read(tmp_path):
     assert evals["hours"].tolist() == [3 / 60]
 
 
+def test_a_mean_that_is_infinite_is_drawn_without_what_was(tmp_path):
+    """elbo counts infinite losses, elbo_filtered and filtered_elbo don't."""
+    write_log(tmp_path / "log", [{**e, "elbo": np.inf} for e in steps([10, 20])])
+    train, evals = plot.read_log(tmp_path / "log")
+    assert train["bits"] == pytest.approx(2.0 / np.log(2))
+    assert evals["bits"] == pytest.approx(1.5 / np.log(2))
+
+
 def test_steps_that_a_restored_run_took_again_are_drawn_once(tmp_path):
     write_log(tmp_path / "log", [*steps([10, 20, 30], elbo=9.0), *steps([20, 30, 40])])
     train, evals = plot.read_log(tmp_path / "log")

@@ -19,7 +19,7 @@ from test_processes import REPO, environment
 
 import train
 from hps import UserError, get_hparams
-from reports import activation_bytes, summary, with_tensorboard
+from reports import activation_bytes, log_evaluation, progress, summary, with_tensorboard
 from vae import VAE
 
 RUN = [sys.executable, REPO / "train.py", "--hps", "digits", *tiny_network(8), "--num_epochs=1"]
@@ -73,10 +73,25 @@ def test_one_sample_of_the_bound_is_the_elbo(run):
     assert loss["iw_elbo"] == pytest.approx(loss["elbo"], rel=1e-6)
 
 
-def test_a_terminal_shows_the_time_left_and_files_do_not(run):
+def test_rates_of_layers_of_one_resolution_are_added(tmp_path):
+    H, vae = model("tiny")
+    H.update(save_dir=str(tmp_path), desc="test")
+    bases = [block.base for block in vae.decoder.dec_blocks]
+    assert len(set(bases)) < len(bases)
+    rates, logged = [2.0**-i for i in range(len(bases))], []
+    figures = {"elbo": 3.0, "rate_per_layer": rates}
+    log_evaluation(H, vae, figures, lambda **e: logged.append(e), "9", type="eval_loss", step=9)
+    assert [e["type"] for e in logged] == ["eval_rates", "eval_loss"]
+    wanted = {r: sum(x for x, b in zip(rates, bases, strict=True) if b == r) for r in set(bases)}
+    assert logged[0]["rate_per_resolution"] == pytest.approx(wanted, rel=1e-4)
+
+
+def test_a_terminal_shows_the_time_left_and_files_do_not(run, capfd):
     folder, out, terminal = run
     assert "/43 [" in terminal and "bits/dim" in terminal and "steps/s" in terminal
     assert (folder / "log.txt").read_text() == out  # and no line of the bar
+    progress(10, 0).update(5)
+    assert capfd.readouterr().err == ""  # which is no terminal
 
 
 def test_tensorboard(run):
@@ -134,7 +149,8 @@ def test_every_preset_has_a_summary():
     with torch.device("meta"):
         vae = VAE(H)
     text = "\n".join(summary(H, vae, 65000, 5000))
-    assert "109,366,904 parameters, 70 stochastic layers" in text and "GiB a process" in text
+    assert "109,366,904 parameters, 70 stochastic layers" in text
+    assert "GiB a process to train: 2.04 GiB for weights and optimizer" in text  # 20 bytes each
 
 
 def test_evaluation_gives_the_rates_and_the_bound():

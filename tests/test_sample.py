@@ -25,8 +25,10 @@ from vae import VAE
 def folder(tmp_path_factory):
     """ema.th, the weights of the preset digits; a.png and b.jpg, pictures of another size."""
     folder = tmp_path_factory.mktemp("sample")
-    vae = VAE(get_hparams("digits"))
-    torch.save({k: weight(k, v.shape) for k, v in vae.state_dict().items()}, folder / "ema.th")
+    state = {k: weight(k, v.shape) for k, v in VAE(get_hparams("digits")).state_dict().items()}
+    for name in state:  # so that another image makes another picture, not its noise alone
+        state[name] *= 2.8 if name.startswith("encoder.") else 2 if ".enc." in name else 1
+    torch.save(state, folder / "ema.th")
     pixels = np.random.RandomState(0).randint(0, 256, (2, 20, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels[0]).save(folder / "a.png")
     Image.fromarray(pixels[1]).convert("L").save(folder / "b.jpg")
@@ -70,7 +72,10 @@ def test_samples_belong_to_their_index(run):
     run("samples --n 7 --out d.npz --temperature 1:0.8,4:0.8,8:0.8 --seed 3")
     assert nearly_equal(arr_0("d.npz"), a[:7])
     run("samples --n 7 --out e.npz --temperature 1:0.8,4:0.8 --seed 3")
-    assert not nearly_equal(arr_0("e.npz"), a[:7])
+    run("samples --n 7 --out f.npz --temperature 1:0.8,4:0.8,8:1 --seed 3")
+    assert not nearly_equal(arr_0("e.npz"), a[:7]) and np.array_equal(
+        arr_0("e.npz"), arr_0("f.npz")
+    )
 
 
 def test_folder_of_pngs(run, tmp_path):
@@ -82,13 +87,16 @@ def test_folder_of_pngs(run, tmp_path):
     run("samples --n 5 --out pngs --n_batch 2")  # more of them
     pngs = np.stack([np.asarray(Image.open(f"pngs/{i:06}.png")) for i in range(5)])
     assert nearly_equal(pngs, arr_0("a.npz"))
-    (tmp_path / "pngs" / "000007.png.partial").touch()  # of a kill
+    (tmp_path / "pngs" / "000001.png.partial").touch()  # of a kill
     run("samples --n 2 --out pngs --n_batch 2")  # fewer
     assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == [
         "000000.png", "000001.png", "settings.json",
     ]  # fmt: skip
     with pytest.raises(UserError, match="seed 0, not 1"):
         run("samples --n 5 --out pngs --seed 1")
+    torch.save(VAE(get_hparams("digits")).state_dict(), tmp_path / "other.th")
+    with pytest.raises(UserError, match="made with weights [0-9a-f]{64}, not [0-9a-f]{64}"):
+        run("samples --n 5 --out pngs", weights="other.th")
     run("samples --n 5 --out pngs --seed 1 --force")
     assert np.asarray(Image.open("pngs/000000.png")).tolist() != pngs[0].tolist()
 
@@ -172,6 +180,7 @@ def test_a_killed_run_goes_on_where_it_stopped(run, tmp_path):
     assert not (tmp_path / "killed.npz").exists() and done < 40 * 8 * 8 * 3
     part.write_bytes(part.read_bytes()[: 8 * 8 * 3 * 4] + b"in the middle of an image")
     kept = part.read_bytes()[: 8 * 8 * 3 * 4]
+    settings = part.with_name("killed.npz.part.json").read_bytes()
     with pytest.raises(UserError, match="temperature 1.0, not 0.5"):
         run(f"{line} --temperature 0.5")
     made, forward = [], VAE.forward_uncond_samples
@@ -184,6 +193,12 @@ def test_a_killed_run_goes_on_where_it_stopped(run, tmp_path):
     run("samples --n 40 --n_batch 4 --out whole.npz")
     assert np.array_equal(arr_0("killed.npz"), arr_0("whole.npz"))
     assert arr_0("killed.npz")[:4].tobytes() == kept
+    # A run that was to make more was killed.
+    part.write_bytes(arr_0("whole.npz").tobytes())
+    part.with_name("killed.npz.part.json").write_bytes(settings)
+    (tmp_path / "killed.npz").rename(tmp_path / "resumed.npz")
+    run("samples --n 30 --n_batch 4 --out killed.npz")
+    assert np.array_equal(arr_0("killed.npz"), arr_0("whole.npz")[:30])
     assert not list(tmp_path.glob("*part*"))
 
 
@@ -198,7 +213,9 @@ def test_encode_and_decode_are_reconstruct(run):
         for i, r in enumerate([1] * 2 + [4] * 4 + [8] * 5):
             for name in ("z", "qm", "qv", "pm", "pv"):
                 assert file[f"{name}{i:03}"].shape == (2, 8, r, r)
-            assert file[f"rate{i:03}"].shape == (2,)
+            qm, qv, pm, pv = (file[f"{name}{i:03}"] for name in ("qm", "qv", "pm", "pv"))
+            kl = pv - qv + (np.exp(2 * qv) + (qm - pm) ** 2) / (2 * np.exp(2 * pv)) - 0.5
+            assert file[f"rate{i:03}"] == pytest.approx(kl.sum(axis=(1, 2, 3)) / 192, rel=1e-3)
         partial = {f"z{i:03}": file[f"z{i:03}"] for i in range(3)}
         np.savez("three.npz", **partial)
         np.savez("wrong.npz", z000=file["z010"])
@@ -208,6 +225,20 @@ def test_encode_and_decode_are_reconstruct(run):
     assert not np.array_equal(arr_0("three_of_all.npz"), arr_0("d.npz"))
     with pytest.raises(UserError, match="z000 is .*8, 8.*1, 1"):
         run("decode wrong.npz --force")
+
+
+def test_pictures_are_their_middle_square(tmp_path):
+    """Of the model's own size it stays as it is; a smaller one is enlarged."""
+    pixels = np.random.RandomState(0).randint(0, 256, (8, 8, 3), dtype=np.uint8)
+    wide = np.concatenate([np.zeros_like(pixels), pixels, np.zeros_like(pixels)], axis=1)
+    for name, image in (("own", pixels), ("wide", wide), ("tall", wide.swapaxes(0, 1))):
+        Image.fromarray(image).save(tmp_path / f"{name}.png")
+    own, wide, tall = sample.read_images(
+        [tmp_path / f"{n}.png" for n in ("own", "wide", "tall")], 8
+    )
+    assert np.array_equal(own, pixels) and np.array_equal(wide, pixels)
+    assert np.array_equal(tall, pixels.swapaxes(0, 1))
+    assert sample.read_image(tmp_path / "own.png", 20).shape == (20, 20, 3)
 
 
 def test_keeping_up_to_a_resolution_is_keeping_its_layers(run):
@@ -224,7 +255,11 @@ def test_interpolate_ends_at_the_reconstructions(run):
     for frame, end in ((frames[0], arr_0("a.npz")[0]), (frames[4], arr_0("b.npz")[0])):
         assert abs(frame - end).max() <= 1  # a lerp's rounding
     gaps = [abs(frames[i + 1] - frames[i]).mean() for i in range(4)]
-    assert max(gaps) < abs(frames[4] - frames[0]).mean()
+    assert 1 < max(gaps) < abs(frames[4] - frames[0]).mean()
+    # What is sampled is alike in all: pixels, and the latents that are not kept.
+    run("interpolate a.png a.png --layers 3 --steps 3 --out same.npz")
+    same = arr_0("same.npz")
+    assert nearly_equal(same[1:], same[:1].repeat(2, axis=0))
 
 
 def test_progressive_ends_at_the_image_itself(run, monkeypatch):
@@ -248,6 +283,27 @@ def test_progressive_ends_at_the_image_itself(run, monkeypatch):
     run("progressive a.png b.jpg --mean --out p2.npz")
     run("reconstruct a.png b.jpg --mean --out r.npz")
     assert np.array_equal(arr_0("p2.npz")[4:], arr_0("r.npz"))
+    run("reconstruct a.png b.jpg --layers 2 --temperature 0.1 --mean --out r2.npz")
+    assert np.array_equal(arr_0("p2.npz")[:2], arr_0("r2.npz"))
+
+
+def test_progressive_goes_on_with_the_same_columns_alone(run, monkeypatch, tmp_path):
+    """The place of an image depends on how many there are in a row."""
+    line, decoded, calls = "progressive --n_batch 2 --out p.npz", sample.decoded, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decoded(*args)
+
+    monkeypatch.setattr(sample, "decoded", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(f"{line} --n 4")
+    with pytest.raises(UserError, match="columns 4, not 6"):
+        run(f"{line} --n 6")
+    run(f"{line} --n 4")
+    assert len(calls) == 3 + 4 and arr_0("p.npz").shape == (12, 8, 8, 3)
 
 
 @pytest.mark.parametrize(
