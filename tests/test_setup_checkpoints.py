@@ -3,9 +3,11 @@
 import hashlib
 import io
 import json
+import re
 
 import pytest
 import torch
+from test_commands import README
 from test_setup_scripts import (  # noqa: F401  run, server, start: fixtures
     assert_done,
     assert_refused,
@@ -114,6 +116,17 @@ def test_what_is_no_such_model_never_gets_its_name(server, fetch):  # noqa: F811
         server.files[f"/vdvae-assets/{name}"] = data
         assert_refused(fetch("ffhq1024"), name, *words)
         assert names_in(fetch.folder) == []
+
+
+def test_every_name_asks_for_the_file_that_the_readme_restores(server, fetch):  # noqa: F811
+    released = set(re.findall(r"--restore_ema_path (\w+-(?:seed\d-)?iter-\S+)", README))
+    assert len(released) == 8
+    for file in released:
+        name, preset = file.split("-iter-")[0], file.split("-")[0]
+        server.requests.clear()
+        assert_refused(fetch(name), "404", file)
+        place = "vdvae-assets-2" if preset in ("cifar10", "imagenet64") else "vdvae-assets"
+        assert server.requests == [(f"/{place}/{file}", None)]
 
 
 def test_names(fetch):
