@@ -346,7 +346,7 @@ def recorded_hparams(path):
         H = Hyperparams(json.loads(state.read_bytes())["hparams"])
         if H.dataset not in (None, *IMAGE_SETS):
             raise ValueError(f"unknown dataset {H.dataset!r}")
-        H.hparam_sets = H.hparam_sets or f"{H.dataset}"  # of a program's own run
+        H.hparam_sets = H.hparam_sets or "own network"  # of a program, not of train.py
         with torch.device("meta"):
             VAE(H)
     except Exception as error:  # a damaged file raises nearly anything

@@ -422,6 +422,16 @@ def test_a_network_is_what_its_run_has_recorded(other_run, tmp_path):
     assert load_model(str(alone)).H.dataset == "digits"
 
 
+def test_a_network_of_no_preset_has_a_name_in_titles(other_run, run):
+    """As a program may have saved it that made its hyperparameters by hand."""
+    state = other_run / "latest-state.json"
+    content = json.loads(state.read_text())
+    del content["hparams"]["hparam_sets"]
+    state.write_text(json.dumps(content))
+    run("samples --n 1 --out g.png", weights=str(other_run / "latest-model-ema.th"))
+    assert load_model(str(other_run / "latest-model-ema.th")).H.hparam_sets == "own network"
+
+
 def test_own_images_are_normalized_as_images_json_says(other_run):
     """Beside the weights it counts more than what the run has recorded, or the preset."""
     (other_run / "images.json").write_text('{"mean": 100.0, "std": 50.0}')
