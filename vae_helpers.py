@@ -379,14 +379,14 @@ def sample_from_discretized_mix_logistic(l, nr_mix, generators=None):
 def mean_of_discretized_mix_logistic(l, nr_mix):
     """The mean of the mixture of each pixel of l (N, H, W, 10K): (N, H, W, 3) in [-1, 1].
 
-    Its expectation before the outermost bins take the tails, then clipped.
+    That of the components' own means, clipped level by level as samples are.
     """
     logits, means, _, c = _mixture_parameters(l, nr_mix)
-    red = means[..., 0, :]
-    green = means[..., 1, :] + c[..., 0, :] * red
-    blue = means[..., 2, :] + c[..., 1, :] * red + c[..., 2, :] * green  # each (N, H, W, K)
+    red = means[..., 0, :].clamp(-1, 1)
+    green = (means[..., 1, :] + c[..., 0, :] * red).clamp(-1, 1)
+    blue = (means[..., 2, :] + c[..., 1, :] * red + c[..., 2, :] * green).clamp(-1, 1)
     components = torch.stack((red, green, blue), dim=-2)  # (N, H, W, 3, K)
-    return (components * logits.softmax(dim=-1).unsqueeze(-2)).sum(dim=-1).clamp(-1, 1)
+    return (components * logits.softmax(dim=-1).unsqueeze(-2)).sum(dim=-1)
 
 
 class DmolNet(nn.Module):

@@ -64,14 +64,16 @@ def test_pictures_as_floats_are_those_of_levels(tiny):
 
 
 @torch.no_grad()
-def test_the_mean_of_the_mixture_is_the_mean_of_its_samples():
+@pytest.mark.parametrize("spread", [0.3, 3])  # hardly any level is clipped, and many are
+def test_the_mean_of_the_mixture_is_the_mean_of_its_samples(spread):
     torch.manual_seed(0)
-    l = 0.3 * torch.randn(1, 2, 2, 30)  # logistics of scale e^-3 about 0: hardly any is clipped
-    l[..., 3:].reshape(1, 2, 2, 3, 9)[..., 3:6] -= 3
+    l = spread * torch.randn(1, 2, 2, 30)
+    l[..., 3:].view(1, 2, 2, 3, 9)[..., 3:6] = -4  # logistics of scale e^-4
     mean = vae_helpers.mean_of_discretized_mix_logistic(l, 3)
     n = 20_000
     sampled = vae_helpers.sample_from_discretized_mix_logistic(l.expand(n, -1, -1, -1), 3)
-    assert torch.allclose(sampled.mean(dim=0), mean[0], atol=0.015)
+    # Levels between -1 and 1: three standard errors of their mean are at most 0.021.
+    assert torch.allclose(sampled.mean(dim=0), mean[0], atol=0.021)
     H, net = model("tiny")
     a, b = (net.forward_uncond_samples(2, 0, generators(2, k), mean=True) for k in (1, 2))
     assert np.array_equal(a, b)  # no noise at all
