@@ -1,6 +1,7 @@
 """What a run tells of itself: its summary, where its bits go, a line of progress, TensorBoard."""
 
 import os
+import weakref
 
 import torch
 from tqdm import tqdm
@@ -13,26 +14,36 @@ from vae import VAE
 # ---- at the start --------------------------------------------------------------------------
 
 
+def saved_bytes(module, forward):
+    """Bytes that forward(), which returns its result, keeps for the backward pass.
+
+    Each storage counts once, the module's weights do not.
+    """
+    kept = []
+
+    def pack(t):
+        kept.append(weakref.ref(t))  # some are let go before the end
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        result = forward()
+    assert result.requires_grad
+    storages = [t.untyped_storage() for ref in kept if (t := ref()) is not None]
+    weights = {p.untyped_storage()._cdata for p in module.parameters()}
+    return sum({s._cdata: s.nbytes() for s in storages if s._cdata not in weights}.values())
+
+
 def activation_bytes(H):
     """Bytes that a training step keeps per image for its backward pass.
 
     Counted on a forward pass of tensors that have shapes alone.
     """
-    kept = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        kept[storage._cdata] = storage  # held, or another could take its place
-        return t
-
     with torch.device("meta"):
         vae = VAE(H)
+        if H.checkpoint_activations:
+            vae.checkpoint_activations()
         x = torch.empty(1, H.image_size, H.image_size, H.image_channels)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-            elbo = vae(x, x)["elbo"]
-    weights = {p.untyped_storage()._cdata for p in vae.parameters()}
-    assert elbo.requires_grad
-    return sum(s.nbytes() for key, s in kept.items() if key not in weights)
+        return saved_bytes(vae, lambda: vae(x, x)["elbo"])
 
 
 def _size(n_bytes):
@@ -65,7 +76,7 @@ def summary(H, ema_vae, n_train, n_heldout):
         "length": f"{H.num_epochs} epochs, {H.num_epochs * (n_train // global_batch):,} steps",
         "memory": f"about {_size(state + images)} a process to train: {_size(state)} for weights "
         f"and optimizer, {_size(images)} for the activations of {H.n_batch} images "
-        f"(in fp32, without checkpointing)",
+        f"(in fp32)",
         "files": os.path.abspath(H.save_dir),
     }
     return [f"{name:<10}{fact}" for name, fact in facts.items()]

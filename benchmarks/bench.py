@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from reference import PlainVAE, plain_mixture_loss
 
 from hps import HPARAMS_REGISTRY, IMAGE_SETS, OneLineParser, UserError, get_hparams, target_bits
+from reports import saved_bytes
 from train_helpers import make_optimizer, update_ema
 from utils import resolve_device, run_command
 from vae import VAE
@@ -40,22 +41,6 @@ class _CountCalls(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls += not func.is_view
         return func(*args, **(kwargs or {}))
-
-
-def saved_bytes(module, forward):
-    """Bytes that forward() keeps for the backward pass, each storage once, weights not counted."""
-    weights = {p.untyped_storage().data_ptr() for p in module.parameters()}
-    kept = {}
-
-    def pack(t):
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes(), t  # holding t keeps its address its own
-        return t
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        forward()
-    return sum(nbytes for nbytes, _ in kept.values())
 
 
 def peak_bytes(device, call):

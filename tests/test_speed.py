@@ -6,6 +6,7 @@ import math
 import sys
 from pathlib import Path
 
+import imageio.v3 as imageio
 import numpy as np
 import pytest
 import torch
@@ -27,6 +28,8 @@ from vae_helpers import (
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import bench
+import growth
+import step
 from reference import PlainVAE, plain_mixture_loss
 
 MODELS = ["tiny", "tiny_lowbit", "tiny_widths", "tiny_res2"]
@@ -71,11 +74,11 @@ def preset(name):
 def test_bytes_saved_for_the_backward_pass():
     vae, batch = preset("cifar10")
     plain = PlainVAE(vae)
-    reference = bench.saved_bytes(plain, lambda: plain(*batch))
+    reference = bench.saved_bytes(plain, lambda: plain(*batch)["elbo"])
 
     def share(bf16):
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            return bench.saved_bytes(vae, lambda: vae(*batch)) / reference
+            return bench.saved_bytes(vae, lambda: vae(*batch)["elbo"]) / reference
 
     assert share(False) < 0.4 and share(True) < 0.25
     vae.checkpoint_activations()
@@ -313,7 +316,7 @@ def test_two_processes_with_every_option(tmp_path):
     assert math.isfinite(last["elbo"]) and last["skipped_updates"] == 0
 
 
-# ---- torch.compile, bench.py -------------------------------------------------------------------
+# ---- torch.compile, benchmarks -------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -343,3 +346,28 @@ def test_bench(tmp_path, capsys):
     assert step["saved_ratio"] < 0.5 and step["speedup"] > 0 and step["own"]["calls"] > 0
     assert 0 < step["own"]["peak_share"] < 1
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(bench.TASKS)
+
+
+def test_growth(tmp_path):
+    """Twice the pixels or blocks: about twice the bytes; a larger batch: as many an image."""
+    picture, report = tmp_path / "growth.png", tmp_path / "growth.json"
+    growth.main(
+        f"--width 8 --rounds 1 --largest 32 --device cpu --out {picture} --json {report}".split()
+    )
+    rows = {(row["series"], row["value"]): row for row in json.loads(report.read_text())}
+    small, large = rows["resolution", 16], rows["resolution", 32]
+    assert large["saved_mb"] / small["saved_mb"] == pytest.approx(4, rel=0.1)
+    assert rows["batch", 32]["saved_mb"] == pytest.approx(rows["batch", 1]["saved_mb"], rel=0.01)
+    blocks = [rows["depth", k]["saved_mb"] for k in (2, 4, 8)]
+    assert blocks[2] - blocks[1] == pytest.approx(2 * (blocks[1] - blocks[0]), rel=0.05)
+    for row in rows.values():
+        assert row["checkpointed_mb"] < row["saved_mb"] <= row["peak_mb"]
+        assert row["train_ms"] > 0 and row["evaluate_ms"] > 0
+    assert imageio.imread(picture).shape[1] > 1000
+
+
+def test_step_benchmark(capsys):
+    report = step.main("--preset photos32 --batch 2 --steps 1 --rounds 1".split())
+    assert report["step_s"] > report["ema_ms"] / 1e3 > 0 and report["data_ms"] > 0
+    assert report["parallel_efficiency"] > 0 and report["step_s_of_two_processes"] > 0
+    assert "parallel_efficiency" in capsys.readouterr().out
