@@ -158,18 +158,21 @@ def _folded(t, padding):
     return t.permute(0, 2, 3, 1).reshape(-1, 16, 16, t.shape[1]).permute(0, 3, 1, 2)
 
 
+def _gelu_convs(x, padding, *weights_and_biases):
+    a = gelu(x)
+    w = [t.to(a.dtype) for t in weights_and_biases]
+    return tuple(F.conv2d(a, *wb, padding=padding) for wb in zip(w[::2], w[1::2], strict=True))
+
+
 class _GeluConvs(torch.autograd.Function):
     """Convolutions of gelu(x), which keep x for the backward pass and compute gelu(x) anew."""
 
     @staticmethod
     def forward(ctx, x, padding, *weights_and_biases):
-        dtype = compute_dtype(x)
-        x = x.to(dtype)
+        x = x.to(compute_dtype(x))
         ctx.padding = padding
         ctx.save_for_backward(x, *weights_and_biases[::2])
-        a = _gelu(x)
-        w = [t.to(dtype) for t in weights_and_biases]
-        return tuple(F.conv2d(a, *wb, padding=padding) for wb in zip(w[::2], w[1::2], strict=True))
+        return _gelu_convs(x, padding, *weights_and_biases)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -191,12 +194,20 @@ class _GeluConvs(torch.autograd.Function):
         return grad_a, None, *grad_weights
 
 
+# Elements an image below which a backward pass in Python costs more time than its memory is worth.
+SMALL = 2**14
+
+
 def gelu_convs(x, *weights_and_biases):
     """One output per pair of weight and bias: their convolutions of gelu(x), same resolution.
 
     x (N, C, R, R) is channels-last, as are the outputs. The kernels are 1x1 or 3x3, all alike.
     """
-    return _GeluConvs.apply(x, weights_and_biases[0].shape[2] // 2, *weights_and_biases)
+    padding = weights_and_biases[0].shape[2] // 2
+    # A compiler chooses by itself what to keep.
+    if torch.compiler.is_compiling() or x[0].numel() < SMALL:
+        return _gelu_convs(x, padding, *weights_and_biases)
+    return _GeluConvs.apply(x, padding, *weights_and_biases)
 
 
 def is_plain(module, kind):
@@ -215,7 +226,7 @@ def is_plain(module, kind):
 
 def gelu_conv(x, conv):
     """conv(gelu(x)), a new tensor, as in gelu_convs, for a conv of get_3x3 or get_1x1."""
-    if torch.compiler.is_compiling() or not is_plain(conv, nn.Conv2d):
+    if not is_plain(conv, nn.Conv2d):
         return conv(gelu(x)).clone()  # a hook may keep what it saw
     return gelu_convs(x, conv.weight, conv.bias)[0]
 

@@ -15,6 +15,7 @@ from test_processes import TINY, free_port, launch, log_of
 
 import train
 import vae as vae_module
+import vae_helpers
 from hps import get_hparams
 from train_helpers import OneProcess, make_optimizer, setup_mpi
 from vae import VAE, segments
@@ -44,8 +45,10 @@ def gradients(module, batch, seed=1, bf16=False):
     return stats, {k.removeprefix("vae."): p.grad for k, p in module.named_parameters()}
 
 
+@pytest.mark.parametrize("small", [0, 2**14])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_reference_is_the_network(name):
+def test_the_reference_is_the_network(name, small, monkeypatch):
+    monkeypatch.setattr(vae_helpers, "SMALL", small)
     H, vae = model(name)
     plain, batch = PlainVAE(vae), inputs(H, 3, seed=7)
     (stats, grads), (plain_stats, plain_grads) = gradients(vae, batch), gradients(plain, batch)
@@ -175,16 +178,20 @@ def test_the_mixtures_loss_in_parts_is_the_loss(low_bit):
 # ---- functions with a backward pass of their own ---------------------------------------------
 
 
+@pytest.mark.parametrize("small", [0, 2**14])
 @pytest.mark.parametrize("kernel, size", [(1, 3), (3, 3), (1, 16)])
-def test_gradients_of_gelu_convs(kernel, size):
+def test_gradients_of_gelu_convs(kernel, size, small, monkeypatch):
+    monkeypatch.setattr(vae_helpers, "SMALL", small)
     torch.manual_seed(0)
     x = torch.randn(2, 2, size, size, dtype=torch.float64)
     x = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     weights = [torch.randn(n, 2, kernel, kernel, dtype=torch.float64) for n in (3, 1)]
     biases = [torch.randn(n, dtype=torch.float64) for n in (3, 1)]
     leaves = [t.requires_grad_() for pair in zip(weights, biases, strict=True) for t in pair]
+    outputs = gelu_convs(x, *leaves)
+    assert ("_GeluConvs" in outputs[0].grad_fn.name()) == (small == 0)
     assert torch.autograd.gradcheck(gelu_convs, (x, *leaves), fast_mode=True)
-    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in gelu_convs(x, *leaves))
+    assert all(y.is_contiguous(memory_format=torch.channels_last) for y in outputs)
 
 
 def test_gradients_of_the_kl():
