@@ -445,11 +445,11 @@ class Decoder(HModule):
 
     def final_fn(self, x):
         """The state at image_size → px_z, both (N, H.width, R, R)."""
-        return x * self.gain + self.bias
+        return torch.addcmul(self.bias, x, self.gain)
 
     def _start(self, n):
         """The first state: the learned constants, and zeros where the first block has none."""
-        xs = {t.shape[2]: t.expand(n, -1, -1, -1) for t in self.bias_xs}
+        xs = {t.shape[2]: channels_last(t).expand(n, -1, -1, -1) for t in self.bias_xs}
         first = self.dec_blocks[0].base
         if first not in xs:
             xs[first] = self.gain.new_zeros(n, self.widths[first], first, first)

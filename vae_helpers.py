@@ -204,10 +204,9 @@ def gelu_convs(x, *weights_and_biases):
     x (N, C, R, R) is channels-last, as are the outputs. The kernels are 1x1 or 3x3, all alike.
     """
     padding = weights_and_biases[0].shape[2] // 2
-    # A compiler chooses by itself what to keep.
-    if torch.compiler.is_compiling() or x[0].numel() < SMALL:
-        return _gelu_convs(x, padding, *weights_and_biases)
-    return _GeluConvs.apply(x, padding, *weights_and_biases)
+    # Without gradients nothing is kept; a compiler chooses by itself what to keep.
+    lean = torch.is_grad_enabled() and not torch.compiler.is_compiling() and x[0].numel() >= SMALL
+    return (_GeluConvs.apply if lean else _gelu_convs)(x, padding, *weights_and_biases)
 
 
 def is_plain(module, kind):

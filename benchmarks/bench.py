@@ -4,9 +4,11 @@
 
 Both are measured in the same process and in turns, so that their ratio holds on a machine whose
 speed wanders. `train` is forward and backward, `update` clipping, AdamW and EMA, `likelihood`
-the mixture's loss and its gradient.
+the mixture's loss and its gradient. With --checkpoint_activations or --compile a last column has
+the time as a multiple of that without.
 """
 
+import copy
 import itertools
 import json
 import statistics
@@ -157,11 +159,14 @@ def measure(args, preset, batch):
     )
     torch.manual_seed(0)
     own = VAE(H).to(args.device)
+    plain = PlainVAE(own).to(args.device)
+    modules = {"plain": plain, "own": own}
+    if args.checkpoint_activations or args.compile:  # what they cost or gain is measured too
+        modules["without"] = copy.deepcopy(own)
     if args.checkpoint_activations:
         own.checkpoint_activations()
     if args.compile:
         own.compile_blocks()
-    plain = PlainVAE(own).to(args.device)
     shape = batch, H.image_size, H.image_size, 3
     x = torch.randn(shape, device=args.device)
     target = torch.randint(0, 256, shape, device=args.device) / 127.5 - 1
@@ -170,10 +175,9 @@ def measure(args, preset, batch):
     forward_flop = counter.get_total_flops()
     flop = {"train": 3 * forward_flop, "evaluate": forward_flop}
     renditions = {
-        "plain": tasks_of(H, plain, x, target, plain=True),
-        "own": tasks_of(H, own, x, target, plain=False),
+        name: tasks_of(H, module, x, target, plain=module is plain)
+        for name, module in modules.items()
     }
-    modules = {"plain": plain, "own": own}
     peaks = {kind: matrix_peak(args.device, kind) for kind in {"fp32", args.precision}}
     rows = []
     for task in args.tasks:
@@ -207,6 +211,8 @@ def measure(args, preset, batch):
                 row[name]["peak_share"] = flop[task] / median / peaks[kind]
         own_row, plain_row = row["own"], row["plain"]
         row["speedup"] = plain_row["seconds"] / own_row["seconds"]
+        if "without" in row:
+            row["time_of_without"] = own_row["seconds"] / row["without"]["seconds"]
         for key in ("saved_mb_per_image", "peak_mb_per_image"):
             if plain_row.get(key):
                 row[f"{key.split('_')[0]}_ratio"] = own_row[key] / plain_row[key]
@@ -224,7 +230,8 @@ def print_row(row):
         f"{row['preset']:10} {row['batch']:5} {row['task']:10} {row['speedup']:7.2f}x "
         f"{cell('images_per_second', 2):>17} {cell('tflops', 3):>15} {cell('peak_share', 2):>11} "
         f"{cell('saved_mb_per_image', 1):>15} {cell('peak_mb_per_image', 1):>15} "
-        f"{cell('calls', 0):>14}",
+        f"{cell('calls', 0):>14}"
+        + (f" {row['time_of_without']:8.2f}x" if "without" in row else ""),
         flush=True,
     )
 
@@ -256,7 +263,8 @@ def main(s=None):
         f"{torch.__version__}, own in {args.precision}\n"
         f"{'preset':10} {'batch':>5} {'task':10} {'speed':>8} "
         f"{'images/s':>17} {'TFLOP/s':>15} {'of peak':>11} {'saved MB/image':>15} "
-        f"{'peak MB/image':>15} {'op calls':>14}",
+        f"{'peak MB/image':>15} {'op calls':>14}"
+        + (f" {'time':>9}" if args.checkpoint_activations or args.compile else ""),
         flush=True,
     )
     report = {"torch": torch.__version__, "threads": torch.get_num_threads(), **vars(args)}

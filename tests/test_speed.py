@@ -345,13 +345,15 @@ def test_bench(tmp_path, capsys):
     report = tmp_path / "report.json"
     bench.main(
         f"--presets digits --batches 2 --rounds 1 --device cpu --precision bf16 "
-        f"--json {report}".split()
+        f"--checkpoint_activations --json {report}".split()
     )
     report = json.loads(report.read_text())
     assert [row["task"] for row in report["rows"]] == list(bench.TASKS)
     step = report["rows"][0]
     assert step["saved_ratio"] < 0.5 and step["speedup"] > 0 and step["own"]["calls"] > 0
     assert 0 < step["own"]["peak_share"] < 1
+    assert step["time_of_without"] == step["own"]["seconds"] / step["without"]["seconds"]
+    assert step["own"]["saved_mb_per_image"] < step["without"]["saved_mb_per_image"]
     assert len(capsys.readouterr().out.splitlines()) == 2 + len(bench.TASKS)
 
 
