@@ -23,7 +23,8 @@ from vae_helpers import nats_to_bits
 def read_log(path):
     """The curves of a log.jsonl, as draw_curves takes them.
 
-    Where a run went back to an earlier step, what it had logged beyond that step is left out.
+    Where a run went back to an earlier step, what it had logged beyond that step is left out. A
+    line that a kill cut short, or that a run is still writing, is passed over.
 
     Raises:
         UserError: for a file that can't be read, or holds no train_loss line.
@@ -31,8 +32,11 @@ def read_log(path):
     train, evals, hparams, start = [], [], {}, None
     try:
         with open(path, encoding="utf-8") as file:
-            for line in filter(str.strip, file):
-                event = json.loads(line)
+            for line in file:
+                try:
+                    event = json.loads(line)
+                except json.JSONDecodeError:
+                    continue
                 start = start or time.mktime(time.strptime(event["time"]))
                 if event.get("type") == "hparam":
                     hparams[event["key"]] = event["value"]
@@ -60,7 +64,9 @@ def read_log(path):
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path} is no log.jsonl of a run ({error}): name another") from None
     if not train:
-        raise UserError(f"{path} holds no train_loss line: the run has not logged a step yet")
+        raise UserError(
+            f"{path} holds no train_loss line: name the log.jsonl of a run that has logged a step"
+        )
 
     def columns(points, names):
         return {name: np.array([p[name] for p in points], dtype=float) for name in names}

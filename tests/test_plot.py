@@ -67,13 +67,23 @@ def test_steps_that_a_restored_run_took_again_are_drawn_once(tmp_path):
     assert train["bits"][1:] == pytest.approx(2.0 / np.log(2))
 
 
+def test_lines_that_a_kill_cut_short_are_passed_over(tmp_path):
+    """One in the middle, after which the run went on, and the last."""
+    write_log(tmp_path / "log", steps([10, 20, 30]))
+    first, second, *rest = (tmp_path / "log").read_text().splitlines(keepends=True)
+    (tmp_path / "log").write_text("".join([first, second[:50], "\n", *rest])[:-20])
+    train, evals = plot.read_log(tmp_path / "log")
+    assert train["step"].tolist() == [10, 30] and not len(evals["step"])
+    plot.draw_curves(tmp_path / "c.png", {"a": (train, evals)})
+
+
 @pytest.mark.parametrize(
     "content, words",
     [
         (None, "can't be read"),
-        ("no json", "no log.jsonl"),
+        ("no json", "no train_loss"),
         ('{"message": "no time"}', "no log.jsonl"),
-        (json.dumps({"time": "Tue Nov 24 20:39:12 2026", "message": "a"}), "not logged a step"),
+        (json.dumps({"time": "Tue Nov 24 20:39:12 2026", "message": "a"}), "has logged a step"),
     ],
 )
 def test_errors(tmp_path, content, words):
