@@ -86,13 +86,14 @@ def draw_rates(path, resolutions, rates, title):
         value = bits[np.asarray(resolutions) == r].sum()
         sums.barh(row, value, color=colors[r])
         share = f" ({value / total:.0%})" if total else ""
-        sums.text(value, row, f" {value:.4f}{share}", va="center")
+        sums.text(value, row, f" {value:.3g}{share}", va="center")
     counts = [list(resolutions).count(r) for r in names]
     words = [f"{r}x{r}, {n} layer{'s' * (n > 1)}" for r, n in zip(names, counts, strict=True)]
     sums.set_yticks(range(len(names)), words)
     sums.invert_yaxis()
     sums.margins(x=0.6)  # room for the words
-    sums.set(xlabel="rate, bits/dim", title=f"by resolution, total {total:.4f}")
+    sums.xaxis.get_major_locator().set_params(nbins=3)  # and for those of small rates
+    sums.set(xlabel="rate, bits/dim", title=f"by resolution, total {total:.3g}")
     for axes in (layers, sums):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)

@@ -80,6 +80,7 @@ def main():
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a log.jsonl")
     parser.add_argument("--out", default="curves.png", help="picture to write, replaced if there")
     args = parser.parse_args()
+    args.out = args.out if Path(args.out).suffix else f"{args.out}.png"  # as matplotlib adds it
     runs = {}
     for run in args.runs:
         path = Path(run, "log.jsonl") if os.path.isdir(run) else Path(run)

@@ -62,4 +62,24 @@ def test_bars_are_bits_by_layer_and_resolution(monkeypatch, tmp_path):
     assert [bar.get_center()[0] for bar in layers.patches] == pytest.approx([0, 1, 2])
     assert [bar.get_width() for bar in sums.patches] == pytest.approx([0.5, 0.375])
     assert [t.get_text() for t in sums.get_yticklabels()] == ["1x1, 1 layer", "4x4, 2 layers"]
-    assert "0.3750 (43%)" in sums.texts[1].get_text() and "total 0.8750" in sums.get_title()
+    assert "0.375 (43%)" in sums.texts[1].get_text() and "total 0.875" in sums.get_title()
+
+
+def test_small_rates_are_legible_too(monkeypatch, tmp_path):
+    """Those of a run's first evaluation: figures are not all zeros, ticks stand apart."""
+    drawn, save = [], matplotlib.figure.Figure.savefig
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "savefig",
+        lambda self, *args, **kwargs: drawn.append(self) or save(self, *args, **kwargs),
+    )
+    for scale in (1, 1e-3, 1e-6):
+        draw_rates(tmp_path / "r.png", [1, 4, 8], scale * np.array([0.01, 0.1, 0.8]), "title")
+        sums = drawn[-1].axes[1]
+        assert float(sums.texts[0].get_text().split()[0]) == pytest.approx(
+            scale * 0.01 / np.log(2), rel=0.01
+        )
+        boxes = [t.get_window_extent() for t in sums.get_xticklabels() if t.get_text()]
+        inside = [b for b in boxes if b.x0 < sums.get_window_extent().x1]
+        assert len(inside) > 1
+        assert all(a.x1 < b.x0 for a, b in zip(inside, inside[1:], strict=False))
