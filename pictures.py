@@ -91,7 +91,7 @@ def draw_rates(path, resolutions, rates, title):
     words = [f"{r}x{r}, {n} layer{'s' * (n > 1)}" for r, n in zip(names, counts, strict=True)]
     sums.set_yticks(range(len(names)), words)
     sums.invert_yaxis()
-    sums.margins(x=0.6)  # room for the words
+    sums.margins(x=1)  # room for the words
     sums.xaxis.get_major_locator().set_params(nbins=3)  # and for those of small rates
     sums.set(xlabel="rate, bits/dim", title=f"by resolution, total {total:.3g}")
     for axes in (layers, sums):

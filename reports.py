@@ -140,7 +140,8 @@ def log_evaluation(H, ema_vae, figures, logprint, name, **event):
     if mpi_rank() == 0:
         path = os.path.join(H.save_dir, f"rates-{name}.png")
         try:
-            draw_rates(path, resolutions, rates, f"{H.desc}, {name}: rate by layer")
+            what = "test set" if name == "test" else f"step {name}"
+            draw_rates(path, resolutions, rates, f"{H.desc}, {what}: rate by layer")
         except OSError as error:
             logprint(f"WARNING: no picture {path} ({error})")
     logprint(**event, **figures)

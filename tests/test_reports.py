@@ -18,6 +18,7 @@ from golden import inputs, model
 from test_processes import REPO, environment
 from torch.profiler import ProfilerActivity, profile
 
+import reports
 import train
 from hps import UserError, get_hparams
 from reports import activation_bytes, log_evaluation, progress, summary, with_tensorboard
@@ -74,7 +75,9 @@ def test_one_sample_of_the_bound_is_the_elbo(run):
     assert loss["iw_elbo"] == pytest.approx(loss["elbo"], rel=1e-6)
 
 
-def test_rates_of_layers_of_one_resolution_are_added(tmp_path):
+def test_rates_of_layers_of_one_resolution_are_added(tmp_path, monkeypatch):
+    titles, draw = [], reports.draw_rates
+    monkeypatch.setattr(reports, "draw_rates", lambda *a: titles.append(a[-1]) or draw(*a))
     H, vae = model("tiny")
     H.update(save_dir=str(tmp_path), desc="test")
     bases = [block.base for block in vae.decoder.dec_blocks]
@@ -85,6 +88,7 @@ def test_rates_of_layers_of_one_resolution_are_added(tmp_path):
     assert [e["type"] for e in logged] == ["eval_rates", "eval_loss"]
     wanted = {r: sum(x for x, b in zip(rates, bases, strict=True) if b == r) for r in set(bases)}
     assert logged[0]["rate_per_resolution"] == pytest.approx(wanted, rel=1e-4)
+    assert titles == ["test, step 9: rate by layer"] and (tmp_path / "rates-9.png").exists()
 
 
 def test_a_terminal_shows_the_time_left_and_files_do_not(run, capfd):
