@@ -423,10 +423,11 @@ def load_model(path, hps=None, device=None):
     """A trained VAE ready to use, in one process: load_model("cifar10-seed0-…-model-ema.th").
 
     Args:
-        path: model-ema.th (the better weights) or model.th, ours or released; an address too.
+        path: model-ema.th (the better weights) or model.th, ours or released; a str or Path, or an
+            address.
         hps: what get_hparams gives, or a preset's name; None: as recorded by the run beside the
             weights (recorded_hparams), else the preset that the shapes in the file tell.
-        device: "cpu", "cuda", or None for CUDA where there is one.
+        device: "cpu", "cuda" or "cuda:1", also as a torch.device; None: CUDA where there is one.
 
     Returns:
         VAE without gradients; its H holds the hyperparameters, image_size and device among them.
@@ -435,7 +436,7 @@ def load_model(path, hps=None, device=None):
         UserError: for a file that can't be read, or is of no preset or another model; as
             recorded_hparams.
     """
-    path = maybe_download(path)
+    path = maybe_download(os.fspath(path))
     state, recorded = read_weights(path), None if hps else recorded_hparams(path)
     H = get_hparams(hps) if isinstance(hps, str) else hps or recorded or preset_of(_shapes(state))
     if H is None:

@@ -129,18 +129,22 @@ def local_mpi_rank():
 
 
 def resolve_device(name):
-    """The torch device name of this process: "cpu" or "cuda:<local rank>".
+    """The torch device name of this process: "cpu", "cuda:<local rank>" or the GPU that is named.
 
     Args:
-        name: "auto" or None (CUDA where there is one), "cpu", "cuda", or a result of this.
+        name: "auto" or None (CUDA where there is one), "cpu", "cuda" or "cuda:1", also as a
+            torch.device.
 
     Raises:
         UserError: if CUDA is asked for and missing, or has fewer devices than local ranks.
     """
-    if name == "cpu" or (name in ("auto", None) and not torch.cuda.is_available()):
+    name = str(name or "auto")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return "cpu"
     if not torch.cuda.is_available():
         raise UserError(f"--device {name}: PyTorch finds no CUDA device here; use --device cpu")
+    if name.startswith("cuda:"):
+        return name
     local_rank, devices = world().local_rank, torch.cuda.device_count()
     if local_rank >= devices:
         raise UserError(

@@ -63,7 +63,8 @@ def test_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(utils, "world", lambda: World(5, 8, 1, 4, "torchrun"))
     assert resolve_device("auto") == resolve_device("cuda") == "cuda:1"
-    assert resolve_device("cpu") == "cpu"
+    assert resolve_device("cpu") == resolve_device(torch.device("cpu")) == "cpu"
+    assert resolve_device("cuda:0") == resolve_device(torch.device("cuda:0")) == "cuda:0"
     monkeypatch.setattr(utils, "world", lambda: World(6, 8, 2, 4, "torchrun"))
     with pytest.raises(UserError, match="local rank 2.*this host has 2"):
         resolve_device("auto")

@@ -467,5 +467,6 @@ def test_load_model_takes_a_preset_or_hyperparameters(folder):
     path = str(folder / "ema.th")
     one, two = load_model(path, "digits", "cpu"), load_model(path, get_hparams("digits"))
     assert all(map(torch.equal, one.parameters(), two.parameters()))
+    assert load_model(folder / "ema.th", device=torch.device("cpu")).H.device == "cpu"
     with pytest.raises(UserError, match="digits"):
         load_model(path, "photos32")
