@@ -22,7 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm import tqdm
 
-from hps import IMAGE_SETS, UserError
+from hps import IMAGE_SETS, UserError, set_image_size
 from utils import mpi_rank, resolve_device, world
 
 
@@ -842,16 +842,7 @@ def set_up_data(H):
     Raises:
         UserError: for an unknown data set, or files that are missing or not what they should be.
     """
-    if H.dataset not in IMAGE_SETS:
-        raise UserError(f"unknown dataset {H.dataset!r}: it is one of {', '.join(IMAGE_SETS)}")
-    size = IMAGE_SETS[H.dataset].image_size
-    if size and H.image_size not in (None, size):
-        raise UserError(
-            f"--image_size {H.image_size}: {H.dataset} has {size} pixels; leave it out, or give "
-            f"your own images with --dataset images"
-        )
-    H.image_size = H.image_size or size
-    H.image_channels = 3
+    set_image_size(H)
     train, valid, test = LOADERS[H.dataset](H)
     device = resolve_device(H.device)
     preprocess_fn = make_preprocess(H.dataset, device, H.image_mean, H.image_std)

@@ -76,6 +76,23 @@ IMAGE_SETS = {
 }
 
 
+def set_image_size(H):
+    """Sets H.image_size and H.image_channels to those of H.dataset.
+
+    Raises:
+        UserError: for an unknown data set, or another size than it has.
+    """
+    if H.dataset not in IMAGE_SETS:
+        raise UserError(f"unknown dataset {H.dataset!r}: it is one of {', '.join(IMAGE_SETS)}")
+    size = IMAGE_SETS[H.dataset].image_size
+    if size and H.image_size not in (None, size):
+        raise UserError(
+            f"--image_size {H.image_size}: {H.dataset} has {size} pixels; leave it out, or give "
+            f"your own images with --dataset images"
+        )
+    H.update(image_size=H.image_size or size, image_channels=3)
+
+
 def target_bits(dataset):
     """Bit depth of the targets of a data set: 5 for ffhq_256, else 8 (also for None)."""
     return IMAGE_SETS[dataset].bits if dataset in IMAGE_SETS else 8
@@ -460,7 +477,7 @@ def get_hparams(preset, **overrides):
         Hyperparams with every option, and image_size and image_channels of its data set.
 
     Raises:
-        UserError: for an unknown preset or override.
+        UserError: for an unknown preset or override, or what set_image_size refuses.
     """
     H = Hyperparams()
     parse_args_and_update_hparams(H, add_vae_arguments(OneLineParser()), ["--hps", preset])
@@ -470,5 +487,5 @@ def get_hparams(preset, **overrides):
             hint = f"did you mean {near[0]}?" if near else "train.py --help lists them"
             raise UserError(f"unknown hyperparameter {name!r}: {hint}")
     H.update(overrides)
-    H.update(image_size=IMAGE_SETS[H.dataset].image_size or H.image_size, image_channels=3)
+    set_image_size(H)
     return H

@@ -132,6 +132,11 @@ def test_hyperparameters_without_a_command_line():
     assert get_hparams("digits").image_size == 8
     with pytest.raises(UserError, match="'zdmi': did you mean zdim"):
         get_hparams("imagenet64", zdmi=8)
+    with pytest.raises(UserError, match="unknown dataset 'imagenet': it is one of .*imagenet64"):
+        get_hparams("imagenet64", dataset="imagenet")
+    with pytest.raises(UserError, match="imagenet64 has 64 pixels"):
+        get_hparams("imagenet64", image_size=32)
+    assert get_hparams("images64", image_size=32).image_size == 32
 
 
 def test_image_sets():
