@@ -3,6 +3,7 @@
 A data set yields tuples of one uint8 tensor (S, S, 3); a batch of them is [uint8 (N, S, S, 3)].
 """
 
+import atexit
 import codecs
 import contextlib
 import fcntl
@@ -14,6 +15,7 @@ import os
 import pickle
 import shutil
 import signal
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -139,12 +141,26 @@ class EpochBatches(Sampler):
             yield batch.tolist()
 
 
+# Iterators over batches whose workers are alive.
+_iterators = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers():
+    """Before multiprocessing does: it asks by SIGTERM, to which they are deaf, and waits."""
+    for iterator in list(_iterators):
+        iterator._shutdown_workers()
+
+
 class _Loader(DataLoader):
     """A DataLoader whose workers' UserErrors stay the one line they are."""
 
     def __iter__(self):
+        iterator = super().__iter__()
+        if self.num_workers:
+            _iterators.add(iterator)
         try:
-            yield from super().__iter__()
+            yield from iterator
         except UserError as error:
             # A worker's error arrives with the traceback put before it.
             raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None

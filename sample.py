@@ -9,6 +9,7 @@ rounding, in any batch size and however many others are made.
 
 import argparse
 import contextlib
+import fcntl
 import functools
 import hashlib
 import json
@@ -26,7 +27,7 @@ from tqdm import tqdm
 
 from data import decode as decode_image
 from data import fit, preprocess
-from hps import OPTIONS, OneLineParser, UserError, get_hparams
+from hps import HPARAMS_REGISTRY, OPTIONS, OneLineParser, UserError, complete, get_hparams
 from pictures import labelled_grid
 from train_helpers import load_model
 from utils import image_generators, maybe_download, run_command
@@ -57,13 +58,15 @@ def add_common_options(parser, in_command):
 
     def add(group, name, default, meaning, **kwargs):
         default = argparse.SUPPRESS if in_command else default
-        group.add_argument(f"--{name}", default=default, help=meaning, **kwargs)
+        return group.add_argument(f"--{name}", default=default, help=meaning, **kwargs)
 
     group = parser.add_argument_group("model")
     add(group, "restore_ema_path", None, "weights: PREFIX-model-ema.th, a path or an address")
-    add(group, "hps", None, "preset (none: told by the weights, or their run's state.json)")
-    add(group, "device", "auto", "auto, cpu or cuda; auto is CUDA where there is one",
-        type=TYPES["device"])  # fmt: skip
+    action = add(group, "hps", None, "preset (none: told by the run's state.json or the weights)")
+    complete(action, HPARAMS_REGISTRY)
+    action = add(group, "device", "auto", "auto, cpu or cuda; auto is CUDA where there is one",
+                 type=TYPES["device"])  # fmt: skip
+    complete(action, TYPES["device"].values)
     add(group, "seed", 0, "seed of the noise", type=TYPES["seed"])
     add(group, "n_batch", 16, "images at a time", type=count)
     add(group, "mean", False, "pixels: the mean of the mixture, without noise, not a sample",
@@ -288,11 +291,11 @@ def check_settings(path, args):
     settings |= {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings = json.loads(json.dumps(settings))  # as they are read back
     found = read_settings(path)
-    for key, value in settings.items() if found is not None else ():
-        if found.get(key) != value:
+    for key in {**settings, **found} if found is not None else ():
+        if found.get(key) != settings.get(key):
             raise UserError(
-                f"{path} tells of images made with {key} {found.get(key)}, not {value}: name "
-                f"another --out, or add --force to start anew"
+                f"{path} tells of images made with {key} {found.get(key)}, not "
+                f"{settings.get(key)}: name another --out, or add --force to start anew"
             )
     if found is None:
         replace(path, lambda partial: partial.write_text(json.dumps(settings)))
@@ -324,6 +327,12 @@ class NpzFile:
         # Whole batches only: what follows is then, bit for bit, what a run in one go makes.
         whole = args.n_batch * math.prod(self.shape)
         self.file = open(self.part, "ab")
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{self.part} is being written by another process: wait, or name another --out"
+            ) from None
         self.file.truncate(self.file.tell() // whole * whole)
         self.done = self.file.tell() // math.prod(self.shape)
 

@@ -218,7 +218,21 @@ def measure(args, preset, batch):
                 row[f"{key.split('_')[0]}_ratio"] = own_row[key] / plain_row[key]
         rows.append(row)
         print_row(row)
+        if args.profile:
+            print_profile(args.device, renditions["own"][task][0])
     return rows, peaks
+
+
+def print_profile(device, call, n_rows=6):
+    """The operators that take the longest in a call: milliseconds, share, number of calls."""
+    with profile() as profiler:
+        call()
+    kind = "self_cpu_time_total" if device == "cpu" else "self_device_time_total"
+    found = sorted(profiler.key_averages(), key=lambda e: -getattr(e, kind))
+    total = sum(getattr(e, kind) for e in found)
+    for e in found[:n_rows]:
+        time = getattr(e, kind)
+        print(f"{'':17}{e.key:34}{time / 1e3:8.0f} ms {time / total:5.0%} {e.count:6} calls")
 
 
 def print_row(row):
@@ -244,6 +258,7 @@ def main(s=None):
     parser.add_argument("--precision", default="fp32", help="fp32, tf32 or bf16, of our own only")
     parser.add_argument("--checkpoint_activations", action="store_true", help="as in train.py")
     parser.add_argument("--compile", action="store_true", help="as in train.py")
+    parser.add_argument("--profile", action="store_true", help="also what takes our own longest")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
     parser.add_argument("--rounds", type=int, default=5, help="turns of which to take the median")
     parser.add_argument("--json", default=None, help="file for the figures")
@@ -274,6 +289,7 @@ def main(s=None):
             rows, peaks = measure(args, preset, batch)
             report["rows"] += rows
             report["matrix_peak_tflops"] = {k: v / 1e12 for k, v in peaks.items()}
+    print("matrix peak, TFLOP/s:", ", ".join(f"{k} {v / 1e12:.3f}" for k, v in peaks.items()))
     if args.json:
         Path(args.json).write_text(json.dumps(report, indent=1))
     return report

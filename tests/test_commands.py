@@ -229,6 +229,10 @@ def test_errors_of_a_command_are_one_line(tmp_path):
         ("train.py --hps digits --num_v", ["--num_variables_visualize"]),
         ("plot.py --o", ["--out"]),
         ("sample.py samples --temp", ["--temperature"]),
+        ("train.py --hps dig", ["digits"]),
+        ("train.py --hps cifar10 --dataset imagenet32_", ["imagenet32_box"]),
+        ("sample.py --device c", ["cpu", "cuda"]),
+        ("sample.py samples --hps photos", ["photos32"]),
     ],
 )
 def test_options_complete_by_tab(line, options, tmp_path):

@@ -764,6 +764,25 @@ def test_batches_are_the_same_for_any_number_of_workers(tmp_path, num_workers):
     assert torch.equal(torch.get_rng_state(), state)  # which makes the noise
 
 
+def test_a_program_that_fails_between_two_batches_ends(tmp_path):
+    """Its workers leave SIGTERM to the run: multiprocessing would wait for them for ever."""
+    np.save(tmp_path / "mine.npy", noise(40, 8))
+    program = """
+import sys
+from data import NpyImages, Images, make_loader
+from hps import Hyperparams
+images = Images(NpyImages(sys.argv[1]), range(40))
+for batch in make_loader(Hyperparams(device="cpu", num_workers=1), images, batch_size=4):
+    raise KeyError("a fault of the program's")
+"""
+    done = subprocess.run(
+        [sys.executable, "-i", "-c", program, tmp_path / "mine.npy"],  # -i keeps the traceback
+        env=environment() | {"PYTHONPATH": str(REPO)}, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "KeyError" in done.stderr
+
+
 def test_a_batch_is_one_index_into_the_array():
     class Counted:
         reads = 0

@@ -1,5 +1,6 @@
 """sample.py: its commands as a user runs them, in a process of their own where that matters."""
 
+import fcntl
 import json
 import shlex
 import signal
@@ -183,6 +184,15 @@ def test_a_killed_run_goes_on_where_it_stopped(run, tmp_path):
     settings = part.with_name("killed.npz.part.json").read_bytes()
     with pytest.raises(UserError, match="temperature 1.0, not 0.5"):
         run(f"{line} --temperature 0.5")
+    with_option = json.loads(settings) | {"dec_blocks": "1x2,4m1,8m4"}
+    part.with_name("killed.npz.part.json").write_text(json.dumps(with_option))
+    with pytest.raises(UserError, match="dec_blocks 1x2,4m1,8m4, not None"):
+        run(line)
+    part.with_name("killed.npz.part.json").write_bytes(settings)
+    with open(part, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is being written by another process"):
+            run(line)
     made, forward = [], VAE.forward_uncond_samples
     VAE.forward_uncond_samples = lambda self, n, *args: made.append(n) or forward(self, n, *args)
     try:

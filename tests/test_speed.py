@@ -345,7 +345,7 @@ def test_bench(tmp_path, capsys):
     report = tmp_path / "report.json"
     bench.main(
         f"--presets digits --batches 2 --rounds 1 --device cpu --precision bf16 "
-        f"--checkpoint_activations --json {report}".split()
+        f"--checkpoint_activations --profile --json {report}".split()
     )
     report = json.loads(report.read_text())
     assert [row["task"] for row in report["rows"]] == list(bench.TASKS)
@@ -354,7 +354,9 @@ def test_bench(tmp_path, capsys):
     assert 0 < step["own"]["peak_share"] < 1
     assert step["time_of_without"] == step["own"]["seconds"] / step["without"]["seconds"]
     assert step["own"]["saved_mb_per_image"] < step["without"]["saved_mb_per_image"]
-    assert len(capsys.readouterr().out.splitlines()) == 2 + len(bench.TASKS)
+    *table, peaks = capsys.readouterr().out.splitlines()
+    assert len(table) == 2 + len(bench.TASKS) * (1 + 6) and "convolution" in "".join(table)
+    assert peaks.startswith("matrix peak") and "fp32 " in peaks and "bf16 " in peaks
 
 
 def test_growth(tmp_path):
