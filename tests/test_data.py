@@ -771,7 +771,7 @@ def test_a_program_that_fails_between_two_batches_ends(tmp_path):
 import sys
 from data import NpyImages, Images, make_loader
 from hps import Hyperparams
-images = Images(NpyImages(sys.argv[1]), range(40))
+images = Images(NpyImages(sys.argv[1]))
 for batch in make_loader(Hyperparams(device="cpu", num_workers=1), images, batch_size=4):
     raise KeyError("a fault of the program's")
 """
