@@ -341,6 +341,13 @@ def test_compiled_blocks_agree(cuda_graphs):
     assert set(copy.deepcopy(compiled).state_dict()) == set(vae.state_dict())
 
 
+@pytest.mark.slow
+def test_bench_of_compiled_blocks():
+    options = "--presets digits --batches 2 --rounds 1 --device cpu --tasks evaluate --compile"
+    [row] = bench.main(options.split())["rows"]
+    assert row["time_of_without"] > 0
+
+
 def test_bench(tmp_path, capsys):
     report = tmp_path / "report.json"
     bench.main(
