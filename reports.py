@@ -33,17 +33,18 @@ def saved_bytes(module, forward):
     return sum({s._cdata: s.nbytes() for s in storages if s._cdata not in weights}.values())
 
 
-def activation_bytes(H, n):
-    """Bytes that a training step on n images keeps for its backward pass.
+def activation_bytes(H):
+    """Bytes that a training step keeps per image for its backward pass.
 
-    Counted on a forward pass of tensors that have shapes alone.
+    Counted on a forward pass of tensors that have shapes alone; of eight images, for some of what
+    is kept is kept once a batch.
     """
     with torch.device("meta"):
         vae = VAE(H)
         if H.checkpoint_activations:
             vae.checkpoint_activations()
-        x = torch.empty(n, H.image_size, H.image_size, H.image_channels)
-        return saved_bytes(vae, lambda: vae(x, x)["elbo"])
+        x = torch.empty(8, H.image_size, H.image_size, H.image_channels)
+        return saved_bytes(vae, lambda: vae(x, x)["elbo"]) // 8
 
 
 def _size(n_bytes):
@@ -54,7 +55,7 @@ def summary(H, ema_vae, n_train, n_heldout):
     """The facts of a run that one wants to see before it begins, a line each."""
     parameters = sum(p.numel() for p in ema_vae.parameters())
     # Weights, gradients, their average and AdamW's two moments: five float32 a parameter.
-    state, images = 20 * parameters, activation_bytes(H, H.n_batch)
+    state, images = 20 * parameters, H.n_batch * activation_bytes(H)
     layers = ", ".join(
         f"{sum(b.base == r for b in ema_vae.decoder.dec_blocks)} at {r}x{r}"
         for r in ema_vae.decoder.resolutions
