@@ -11,12 +11,12 @@ import argparse
 import contextlib
 import fcntl
 import functools
-import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import zipfile
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from data import decode as decode_image
 from data import fit, preprocess
 from hps import HPARAMS_REGISTRY, OPTIONS, OneLineParser, UserError, complete, get_hparams
 from pictures import labelled_grid
-from train_helpers import load_model
+from train_helpers import load_model, sha256
 from utils import image_generators, maybe_download, run_command
 
 # The purposes of random numbers, beside those of train.py.
@@ -286,8 +286,7 @@ def check_settings(path, args):
     Raises:
         UserError: if the file is there and tells of other settings, naming the first.
     """
-    with open(args.restore_ema_path, "rb") as file:
-        settings = {"weights": hashlib.file_digest(file, "sha256").hexdigest()}
+    settings = {"weights": sha256(args.restore_ema_path)}
     settings |= {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings = json.loads(json.dumps(settings))  # as they are read back
     found = read_settings(path)
@@ -594,6 +593,7 @@ def encode(args, model):
                 arrays.setdefault(f"{name}{i:03}", []).append(value.cpu().numpy())
     arrays = {name: np.concatenate(parts) for name, parts in arrays.items()}
     with_names = arrays | {"images": np.array(args.images), "preset": model.H.hparam_sets}
+    with_names["weights"] = sha256(args.restore_ema_path)
 
     def write(path):
         with open(path, "wb") as file:
@@ -604,8 +604,10 @@ def encode(args, model):
     print(f"{args.out}: {len(originals)} images, {len(model.decoder.dec_blocks)} layers")
 
 
-def read_latents(path, model):
+def read_latents(path, model, weights):
     """The z of encode's .npz, (n, Z, R, R) by block; a block it lacks is None.
+
+    Other weights than those of this sha256 may decode them too: a line says so.
 
     Raises:
         UserError: for a file that can't be read or fits another model.
@@ -613,6 +615,8 @@ def read_latents(path, model):
     latents, n = [], None
     try:
         with np.load(path, allow_pickle=False) as arrays:
+            if str(arrays.get("weights", weights)) != weights:
+                print(f"WARNING: {path} was encoded with other weights", file=sys.stderr)
             for i, block in enumerate(model.decoder.dec_blocks):
                 z = arrays[f"z{i:03}"] if f"z{i:03}" in arrays else None
                 if z is not None:
@@ -636,7 +640,7 @@ def read_latents(path, model):
 
 def decode(args, model):
     k, t = layers_to_keep(model, args), per_block(model, args.temperature)
-    latents, n = read_latents(args.latents, model)
+    latents, n = read_latents(args.latents, model, sha256(args.restore_ema_path))
 
     def make(indices):
         part = [z if z is None else z[indices.start : indices.stop] for z in latents[:k]]

@@ -214,6 +214,17 @@ def test_a_killed_run_goes_on_where_it_stopped(run, tmp_path):
     assert not list(tmp_path.glob("*part*"))
 
 
+def test_latents_of_other_weights_are_noted(run, tmp_path, capsys):
+    run("encode a.png")
+    run("decode latents.npz")
+    assert "other weights" not in capsys.readouterr().err
+    state = torch.load(tmp_path / "ema.th")
+    state["decoder.gain"] += 1
+    torch.save(state, tmp_path / "other.th")
+    run("decode latents.npz --out other.png", weights="other.th")
+    assert "latents.npz was encoded with other weights" in capsys.readouterr().err
+
+
 def test_encode_and_decode_are_reconstruct(run):
     """Byte for byte: both draw an image's latents, and then its pixels, from the same noise."""
     run("reconstruct a.png b.jpg --out r.npz")
