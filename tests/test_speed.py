@@ -12,6 +12,7 @@ import pytest
 import torch
 from golden import inputs, model
 from test_processes import TINY, free_port, launch, log_of
+from torch.distributions import Normal, kl_divergence
 
 import train
 import vae as vae_module
@@ -238,10 +239,15 @@ def test_bf16_is_for_the_convolutions_alone(name):
     assert error < 0.1 * total
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         activations = vae.encoder(batch[0])
-        px_z, latents = vae.decoder(activations, get_latents=True)
+        px_z, latents = vae.decoder(activations, get_latents=True, get_gaussians=True)
         assert px_z.dtype == torch.float32
         assert {t.dtype for s in latents for t in s.values()} == {torch.float32}
         assert vae.decoder.out_net(px_z).dtype == torch.float32
+    for layer in latents:
+        assert not torch.equal(layer["qm"], layer["qm"].bfloat16().float())
+        qm, qv, pm, pv = (layer[key].double() for key in ("qm", "qv", "pm", "pv"))
+        kl = kl_divergence(Normal(qm, qv.exp()), Normal(pm, pv.exp()))
+        assert torch.allclose(layer["kl"].double(), kl, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("bf16", [False, True])
