@@ -264,18 +264,20 @@ def test_weights_changed_in_place_take_effect(bf16):
             before = after
 
 
-def test_tf32_is_as_asked(monkeypatch):
+def test_tf32_and_cudnn_trials_are_as_asked(monkeypatch):
     flags = torch.backends.cudnn, torch.backends.cuda.matmul
     before = [f.allow_tf32 for f in flags]
     H = get_hparams("digits", device="cpu")
     try:
         for precision, allowed in (("tf32", True), ("fp32", False), ("bf16", False)):
-            H.precision = precision
+            H.update(precision=precision, cudnn_benchmark=allowed)
             setup_mpi(H)
             assert [f.allow_tf32 for f in flags] == [allowed] * 2
+            assert torch.backends.cudnn.benchmark == allowed
             with forward_precision("fp32", "cpu"):  # the call of who uses train.evaluate alone
                 assert [f.allow_tf32 for f in flags] == [allowed] * 2
     finally:
+        torch.backends.cudnn.benchmark = False
         for flag, allowed in zip(flags, before, strict=True):
             flag.allow_tf32 = allowed
 
