@@ -18,7 +18,7 @@ import train
 import vae as vae_module
 import vae_helpers
 from hps import get_hparams
-from train_helpers import OneProcess, make_optimizer, setup_mpi
+from train_helpers import OneProcess, load_vaes, make_optimizer, setup_mpi
 from vae import VAE, segments
 from vae_helpers import (
     discretized_mix_logistic_loss,
@@ -293,7 +293,10 @@ def _accumulated(parts, batch, monkeypatch):
     H.update(skip_threshold=400.0, grad_accum=parts)
     vae, ema = OneProcess(vae), copy.deepcopy(vae).requires_grad_(False)
     optimizer, _ = make_optimizer(vae.parameters(), H, use_apex=False)
+    apart, no_sync = [], OneProcess.no_sync
+    monkeypatch.setattr(OneProcess, "no_sync", lambda self: apart.append(1) or no_sync(self))
     stats = train.training_step(H, *batch, vae, ema, optimizer, 0)
+    assert len(apart) == parts - 1  # gradients are exchanged once
     return stats, vae.module.state_dict()
 
 
@@ -354,6 +357,18 @@ def test_bench_of_compiled_blocks():
     options = "--presets digits --batches 2 --rounds 1 --device cpu --tasks evaluate --compile"
     [row] = bench.main(options.split())["rows"]
     assert row["time_of_without"] > 0
+
+
+@pytest.mark.parametrize("option, mode", [("compile", None), ("cuda_graphs", "reduce-overhead")])
+def test_both_options_compile_the_residual_blocks(option, mode, monkeypatch):
+    modes, marks = [], []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: modes.append(kw["mode"]))
+    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
+    H = get_hparams("digits", device="cpu", **{option: True})
+    vae, ema = load_vaes(H, print)
+    assert modes == [mode] * 2 * (len(ema.encoder.enc_blocks) + len(ema.decoder.dec_blocks))
+    ema(*[torch.zeros(1, 8, 8, 3)] * 2)
+    assert len(marks) == (mode is not None)  # graphs may write over what the pass before computed
 
 
 def test_bench(tmp_path, capsys):
