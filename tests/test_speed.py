@@ -285,12 +285,12 @@ def test_tf32_and_cudnn_trials_are_as_asked(monkeypatch):
 # ---- gradient accumulation ---------------------------------------------------------------------
 
 
-def _accumulated(parts, batch, monkeypatch):
+def _accumulated(parts, batch, monkeypatch, precision="fp32"):
     """Weights and statistics after a step of `tiny` in so many parts, its noise off."""
     monkeypatch.setattr(vae_module, "draw_gaussian_diag_samples", lambda mu, *_: mu)
     H, vae = model("tiny")
     H.update(lr=2e-4, adam_beta1=0.9, adam_beta2=0.9, wd=0.01, ema_rate=0.99, grad_clip=0.5)
-    H.update(skip_threshold=400.0, grad_accum=parts)
+    H.update(skip_threshold=400.0, grad_accum=parts, precision=precision)
     vae, ema = OneProcess(vae), copy.deepcopy(vae).requires_grad_(False)
     optimizer, _ = make_optimizer(vae.parameters(), H, use_apex=False)
     apart, no_sync = [], OneProcess.no_sync
@@ -311,6 +311,13 @@ def test_accumulated_gradients_make_the_update_of_the_whole_batch(monkeypatch):
     apart = math.hypot(*((weights[k] - accumulated[k]).norm().item() for k in start))
     assert moved > 0 and apart < 1e-3 * moved
     assert all(torch.allclose(weights[k], accumulated[k], atol=1e-5) for k in start)
+
+
+def test_a_training_step_computes_in_the_precision_asked_for(monkeypatch):
+    H, vae = model("tiny")
+    batch = inputs(H, 6, seed=7)
+    fp32, bf16 = (_accumulated(1, batch, monkeypatch, p)[0]["elbo"] for p in ("fp32", "bf16"))
+    assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=2e-2)
 
 
 def test_a_nan_in_one_part_skips_the_update(monkeypatch):
