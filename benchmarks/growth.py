@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import peak_bytes, seconds
 
-from hps import Hyperparams, OneLineParser, get_hparams
+from hps import OneLineParser, get_hparams
 from reports import saved_bytes
 from utils import resolve_device, run_command
 from vae import VAE
@@ -51,7 +51,7 @@ def network(resolution, depth, width, device):
         enc_blocks=",".join([*down, f"1x{depth}"]),
         dec_blocks=",".join([f"1x{depth}", *up]),
     )
-    return VAE(Hyperparams(H)).to(device)
+    return VAE(H).to(device)
 
 
 def measure(batch, resolution, depth, args):

@@ -21,7 +21,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import EpochBatches, make_loader, set_up_data
-from hps import OneLineParser
+from hps import OneLineParser, UserError, get_hparams
 from train import training_step
 from train_helpers import accumulate_stats, load_opt, load_vaes, open_run, prepare_run, update_ema
 from utils import mpi_rank, mpi_size, run_command
@@ -84,6 +84,8 @@ def main(s=None):
     args = parser.parse_args(s)
     if args.child:
         return child(args)
+    if get_hparams(args.preset).image_size != 32:
+        raise UserError(f"--preset {args.preset}: photos32 has 32 pixels; name cifar10 or photos32")
     found = {1: [], 2: []}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.rounds):

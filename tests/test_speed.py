@@ -17,7 +17,7 @@ from torch.distributions import Normal, kl_divergence
 import train
 import vae as vae_module
 import vae_helpers
-from hps import get_hparams
+from hps import UserError, get_hparams
 from train_helpers import OneProcess, load_vaes, make_optimizer, setup_mpi
 from vae import VAE, segments
 from vae_helpers import (
@@ -419,3 +419,5 @@ def test_step_benchmark(capsys):
     assert report["step_s"] > report["ema_ms"] / 1e3 > 0 and report["data_ms"] > 0
     assert report["parallel_efficiency"] > 0 and report["step_s_of_two_processes"] > 0
     assert "parallel_efficiency" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--preset digits: photos32 has 32 pixels"):
+        step.main(["--preset", "digits"])
