@@ -19,8 +19,9 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import SUFFIXES, decode, list_images, write_npy
-from hps import UserError
+from endings import run_command
+from errors import UserError
+from image_files import SUFFIXES, decode, list_images, write_npy
 
 # Counts that betray the data set most easily taken for the small ImageNet of 2016.
 BOX_FILTERED_COUNTS = (1_281_167, 50_000)
@@ -210,6 +211,4 @@ def main():
 
 
 if __name__ == "__main__":
-    import utils
-
-    utils.run_command(main)
+    run_command(main)

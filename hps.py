@@ -1,110 +1,14 @@
-"""Every number that defines a run: train.py's options, the presets, facts of the data sets.
+"""The presets: every number that defines a run and its network.
 
-A preset sets defaults; an option given on the command line wins. Needs the standard library only.
+A preset sets the defaults of train.py's options (`options.OPTIONS`); an option given on the command
+line wins.
 """
 
-import argparse
 import difflib
-import os
-from typing import NamedTuple
 
+from errors import UserError
+from options import PUBLISHED, Hyperparams, add_options, hparams_of
 
-class UserError(ValueError):
-    """What a user got wrong: one line with the value, the rule and the remedy.
-
-    Entry points print it and end with status 2 (`utils.run_command`).
-    """
-
-
-class Hyperparams(dict):
-    """A dict whose items are attributes too; a missing public name reads None.
-
-    Raises:
-        AttributeError: for a missing name that starts with an underscore, which is how the copy
-            and pickle protocols ask whether a method exists.
-    """
-
-    def __getattr__(self, name):
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return self.get(name)
-
-    def __setattr__(self, name, value):
-        self[name] = value
-
-    def copy(self):
-        return Hyperparams(self)
-
-
-# ---- data sets -----------------------------------------------------------------------------
-
-
-class ImageSet(NamedTuple):
-    """What a network has to know of a data set, known without any of its files.
-
-    mean and std are those of about 10,000 training images, in levels of 0 to 255: the network's
-    input is (level - mean) / std. bits is the depth of the target; at 5 bits the lowest three of
-    each level are dropped from it. notice is what every result on the data set says with it.
-    """
-
-    image_size: int | None
-    mean: float | None
-    std: float | None
-    bits: int = 8
-    notice: str | None = None
-
-
-_BOX = "box-filtered ImageNet (Chrabaszcz et al. 2017): not comparable with the published {} of {}"
-
-
-IMAGE_SETS = {
-    "cifar10": ImageSet(32, 120.63838, 64.16736),
-    "imagenet32": ImageSet(32, 116.2373, 69.37404),
-    "imagenet64": ImageSet(64, 115.92961967, 69.37404),
-    # The same photographs, made smaller by another filter. With the same mean and std, weights
-    # trained on one can be tried on the other.
-    "imagenet32_box": ImageSet(32, 116.2373, 69.37404, notice=_BOX.format(3.80, "imagenet32")),
-    "imagenet64_box": ImageSet(64, 115.92961967, 69.37404, notice=_BOX.format(3.52, "imagenet64")),
-    "ffhq_256": ImageSet(256, 112.8666757481, 69.84780273, bits=5),
-    "ffhq_1024": ImageSet(1024, 0.4387 * 255, 0.2743 * 255),  # published for levels of 0 to 1
-    # The two data sets that scikit-learn ships; measured on their training images
-    # (tests/test_data.py measures them again).
-    "digits": ImageSet(8, 78.04011, 95.98312),
-    "photos32": ImageSet(32, 105.21026, 81.46530),
-    # The user's own: --image_size gives the size, data.py measures mean and std.
-    "images": ImageSet(None, None, None),
-}
-
-
-def set_image_size(H):
-    """Sets H.image_size and H.image_channels to those of H.dataset.
-
-    Raises:
-        UserError: for an unknown data set, or another size than it has.
-    """
-    if H.dataset not in IMAGE_SETS:
-        raise UserError(f"unknown dataset {H.dataset!r}: it is one of {', '.join(IMAGE_SETS)}")
-    size = IMAGE_SETS[H.dataset].image_size
-    if size and H.image_size not in (None, size):
-        raise UserError(
-            f"--image_size {H.image_size}: {H.dataset} has {size} pixels; leave it out, or give "
-            f"your own images with --dataset images"
-        )
-    H.update(image_size=H.image_size or size, image_channels=3)
-
-
-def target_bits(dataset):
-    """Bit depth of the targets of a data set: 5 for ffhq_256, else 8 (also for None)."""
-    return IMAGE_SETS[dataset].bits if dataset in IMAGE_SETS else 8
-
-
-def result_notice(dataset):
-    """{} for most data sets; {"notice": text} where results must not be compared with others."""
-    notice = IMAGE_SETS[dataset].notice if dataset in IMAGE_SETS else None
-    return {"notice": notice} if notice else {}
-
-
-# ---- presets -------------------------------------------------------------------------------
 # The five published ones (arXiv 2011.10650, section 4 and its released code), each on the one
 # before it, then two that train on a laptop's CPU, then four for own images (--data_root FOLDER)
 # on one ordinary GPU.
@@ -267,200 +171,19 @@ images256 = Hyperparams(  # 42.5 million
 HPARAMS_REGISTRY["images256"] = images256
 
 
-# ---- options -------------------------------------------------------------------------------
-
-
-def _checked(cast, test, rule):
-    """An argparse type: cast the text, then hold it against the rule. NaN fails every test."""
-
-    def parse(text):
-        try:
-            value = cast(text)
-        except (ValueError, OverflowError):
-            value = None
-        if value is None or not test(value):
-            raise argparse.ArgumentTypeError(f"got {text!r}; it must be {rule}")
-        return value
-
-    return parse
-
-
-def _one_of(*values):
-    parse = _checked(str, lambda v: v in values, f"one of {', '.join(values)}")
-    parse.values = values
-    return parse
-
-
-def complete(action, values):
-    """Lets the tab key complete an option's value to one of these (argcomplete's attribute)."""
-    action.completer = lambda prefix, **_: [v for v in values if v.startswith(prefix)]
-
-
-_INF = float("inf")
-_count = _checked(int, lambda v: v >= 1, "a whole number of at least 1")
-_natural = _checked(int, lambda v: v >= 0, "a whole number of at least 0")
-_seed = _checked(int, lambda v: 0 <= v < 2**62, "a whole number from 0 to below 2^62")
-_positive = _checked(float, lambda v: 0 < v < _INF, "a positive number")
-_nonnegative = _checked(float, lambda v: 0 <= v < _INF, "a number of at least 0")
-_fraction = _checked(float, lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
-_threshold = _checked(float, lambda v: v == -1 or v > 0, "a positive number, or -1 for none")
-_port = _checked(int, lambda v: 1 <= v <= 65535, "a port number from 1 to 65535")
-
-# group -> rows of (option, type, default, meaning with its unit). A type of bool is a flag.
-OPTIONS = {
-    "run": [
-        ("seed", _seed, 0, "seed of the weights, the noise and the order of the images"),
-        ("desc", str, "test", "name of the run; its files go to save_dir/desc"),
-        ("save_dir", str, "./saved_models", "folder of all runs"),
-        ("device", _one_of("auto", "cpu", "cuda"), "auto", "auto is CUDA where there is one"),
-        ("port", _port, 29500, "rendezvous port of several processes; a free one if it is taken"),
-        ("timeout", _positive, 600.0, "seconds without a step after which a process is given up"),
-        ("test_eval", bool, False, "evaluate the restored EMA weights on the test set, then end"),
-        ("dry_run", bool, False, "end after the summary of the run"),
-    ],
-    "data": [
-        ("dataset", _one_of(*IMAGE_SETS), "cifar10", f"one of {', '.join(IMAGE_SETS)}"),
-        ("data_root", str, "./", "folder of the data set's files; images: also one .npy file"),
-        ("image_size", _count, None, "images: pixels of a side after resizing (an .npy: its own)"),
-        ("bad_images", _one_of("refuse", "skip"), "refuse", "images: unreadable or too small ones"),
-        ("num_workers", _natural, None, "processes that load images (none: chosen, see README)"),
-    ],
-    "restore": [
-        (
-            "resume",
-            bool,
-            False,
-            "go on from the run's newest set of files, or start if it has none",
-        ),
-        ("restore_path", str, None, "weights: PREFIX-model.th"),
-        ("restore_ema_path", str, None, "EMA weights: PREFIX-model-ema.th"),
-        ("restore_log_path", str, None, "log that names the step and epoch: PREFIX-log.jsonl"),
-        ("restore_optimizer_path", str, None, "optimizer state, Apex or AdamW: PREFIX-opt.th"),
-    ],
-    "network": [
-        ("enc_blocks", str, None, "encoder: RxK is K blocks at resolution R; RdK pools by K after"),
-        ("dec_blocks", str, None, "decoder: RxK likewise; RmS first adds the state of S upsampled"),
-        ("zdim", _count, 16, "latent channels of a stochastic layer"),
-        ("width", _count, 512, "channels of the residual stream"),
-        ("custom_width_str", str, "", "other widths at some resolutions: R:width,R:width"),
-        ("bottleneck_multiple", _positive, 0.25, "width of a block's bottleneck over its width"),
-        ("no_bias_above", _natural, 64, "largest resolution with a learned constant, in pixels"),
-        ("num_mixtures", _count, 10, "logistics in the mixture of a pixel"),
-        ("scale_encblock", bool, False, "without effect, as in the original"),
-    ],
-    "optimization": [
-        ("n_batch", _count, 32, "images per process and step, or part of it (--grad_accum)"),
-        ("num_epochs", _count, 10000, "passes over the training images"),
-        ("lr", _positive, 0.00015, "learning rate of AdamW after the warm-up"),
-        ("warmup_iters", _nonnegative, 0.0, "steps of linear warm-up of the learning rate"),
-        ("wd", _nonnegative, 0.0, "decoupled weight decay"),
-        ("adam_beta1", _fraction, 0.9, "decay of AdamW's first moment per step"),
-        ("adam_beta2", _fraction, 0.9, "decay of AdamW's second moment per step"),
-        ("grad_clip", _positive, 200.0, "largest gradient norm; a larger one is scaled down to it"),
-        ("skip_threshold", _threshold, 400.0, "no update at or above this gradient norm; -1: off"),
-        ("skip_streak", _count, 100, "skipped updates in a row that are reported"),
-        ("max_skips", _count, None, "skipped updates in a row that end the run (none: never)"),
-        ("ema_rate", _fraction, 0.999, "decay of the moving average of the weights per update"),
-        ("lr_prior", _positive, 0.00015, "without effect, as in the original"),
-        ("wd_prior", _nonnegative, 0.0, "without effect, as in the original"),
-        ("temperature", _nonnegative, 1.0, "without effect, as in the original"),
-    ],
-    "speed and memory": [
-        ("precision", _one_of("fp32", "tf32", "bf16"), "fp32", "of the convolutions"),
-        ("checkpoint_activations", bool, False, "a third more time, a fraction of the memory"),
-        ("grad_accum", _count, 1, "batches of n_batch per step and process"),
-        ("compile", bool, False, "torch.compile the residual blocks"),
-        ("cuda_graphs", bool, False, "the same, on CUDA as graphs (mode reduce-overhead)"),
-        ("cudnn_benchmark", bool, False, "CUDA: the fastest convolutions, by trial at the start"),
-    ],
-    "logging": [
-        ("iters_per_print", _count, 1000, "steps between log lines, which average over them"),
-        ("iters_per_save", _count, 10000, "steps between saves of latest-*"),
-        ("iters_per_ckpt", _count, 25000, "steps between saves of iter-N-*"),
-        ("keep_ckpts", _count, None, "newest sets of iter-N-* that are kept (none: all)"),
-        ("iters_per_images", _count, 10000, "steps between pictures"),
-        ("epochs_per_eval", _count, 10, "epochs between evaluations on the validation set"),
-        (
-            "iw_samples",
-            _count,
-            None,
-            "samples an image of the importance-weighted bound (none: no)",
-        ),
-        ("tensorboard", bool, False, "write the figures of losses for TensorBoard too"),
-        ("epochs_per_probe", _count, None, "without effect, as in the original"),
-        ("epochs_per_eval_save", _count, 20, "without effect, as in the original"),
-        ("num_images_visualize", _count, 8, "validation images in a picture, one a column"),
-        ("num_variables_visualize", _natural, 6, "rows decoded from the first k latents alone"),
-        ("num_temperatures_visualize", _natural, 3, "rows of samples: t = 1.0, 0.9, 0.8, 0.7"),
-    ],
-}
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An argument parser that raises UserError, naming the nearest option for a mistyped one."""
-
-    def __init__(self, **kwargs):
-        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
-        super().__init__(allow_abbrev=False, **kwargs)
-
-    def parse_args(self, args=None, namespace=None):
-        if "_ARGCOMPLETE" in os.environ:  # a shell asks how the line could go on
-            import argcomplete
-
-            argcomplete.autocomplete(self)
-        parsed, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            raise UserError(f"unknown option {unknown[0]!r}: {self._hint(unknown[0], parsed)}")
-        return parsed
-
-    def _hint(self, unknown, parsed):
-        """What an unknown option may have been meant to be: one of another command's, or near."""
-        takers = {option: [] for action in self._actions for option in action.option_strings}
-        own = set(takers)  # and those of the command that was given
-        for action in self._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for command, parser in action.choices.items():
-                    options = [o for a in parser._actions for o in a.option_strings]
-                    if command == getattr(parsed, action.dest):
-                        own.update(options)
-                    for option in options:
-                        takers.setdefault(option, []).append(command)
-        name = unknown.split("=")[0]
-        if name in takers:
-            return f"it is an option of {', '.join(takers[name])}"
-        near = difflib.get_close_matches(name, takers, n=3)
-        words = [o if o in own else f"{o} (of {', '.join(takers[o])})" for o in near]
-        return f"did you mean {' or '.join(words)}?" if near else "see --help"
-
-    def error(self, message):
-        raise UserError(message)
+# ---- the command line ----------------------------------------------------------------------
 
 
 def add_vae_arguments(parser):
-    """Adds every option of train.py to the parser, in groups, and returns the parser."""
-    for group_name, rows in OPTIONS.items():
-        group = parser.add_argument_group(group_name)
-        if group_name == "run":
-            action = group.add_argument(
-                "--hps",
-                "--hparam_sets",
-                dest="hparam_sets",
-                help=f"preset, or several with commas, later over earlier: "
-                f"{', '.join(HPARAMS_REGISTRY)}",
-            )
-            complete(action, HPARAMS_REGISTRY)
-        for name, kind, default, meaning in rows:
-            if kind is bool:
-                group.add_argument(f"--{name}", action="store_true", help=meaning)
-            else:
-                action = group.add_argument(f"--{name}", type=kind, default=default, help=meaning)
-                if hasattr(kind, "values"):
-                    complete(action, kind.values)
+    """Adds the original's options to any parser of argparse, in groups, and returns the parser."""
+    add_options(parser, PUBLISHED, HPARAMS_REGISTRY)
     return parser
 
 
 def parse_args_and_update_hparams(H, parser, s=None):
-    """Fills H from the arguments s (default: the command line's); presets set the defaults.
+    """Fills H from the arguments s (default: the command line's).
+
+    The presets' values become the parser's defaults, and stay so, as in the original.
 
     Raises:
         UserError: for a missing or unknown preset (an option's own error is the parser's).
@@ -469,15 +192,14 @@ def parse_args_and_update_hparams(H, parser, s=None):
     names = [name for name in (parser.parse_args(s).hparam_sets or "").split(",") if name]
     if not names:
         raise UserError(f"no preset given: {presets}")
-    preset = argparse.Namespace()
     for name in names:
         if name not in HPARAMS_REGISTRY:
             near = difflib.get_close_matches(name, HPARAMS_REGISTRY, n=1)
             hint = f" (did you mean {near[0]}?)" if near else ""
             raise UserError(f"unknown preset {name!r}{hint}: {presets}")
-        vars(preset).update(HPARAMS_REGISTRY[name])
-    # What stands in the namespace already takes the place of an option's default.
-    H.update(vars(parser.parse_args(s, preset)))
+    for name in names:
+        parser.set_defaults(**HPARAMS_REGISTRY[name])
+    H.update(vars(parser.parse_args(s)))
 
 
 def get_hparams(preset, **overrides):
@@ -487,15 +209,6 @@ def get_hparams(preset, **overrides):
         Hyperparams with every option, and image_size and image_channels of its data set.
 
     Raises:
-        UserError: for an unknown preset or override, or what set_image_size refuses.
+        UserError: for an unknown preset or override, an unknown data set or a size that it lacks.
     """
-    H = Hyperparams()
-    parse_args_and_update_hparams(H, add_vae_arguments(OneLineParser()), ["--hps", preset])
-    for name in overrides:
-        if name not in H:
-            near = difflib.get_close_matches(name, H, n=1)
-            hint = f"did you mean {near[0]}?" if near else "train.py --help lists them"
-            raise UserError(f"unknown hyperparameter {name!r}: {hint}")
-    H.update(overrides)
-    set_image_size(H)
-    return H
+    return hparams_of(preset, overrides, add_vae_arguments, parse_args_and_update_hparams)

@@ -5,7 +5,8 @@ import math
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from vae_helpers import nats_to_bits
+from bounds import nats_to_bits
+from utils import tile_images
 
 # ---- grids ---------------------------------------------------------------------------------
 
@@ -26,6 +27,13 @@ def _wrapped(text, font, width):
         kept -= 1
         lines = lines_of(f"{text[: kept - kept // 2]}…{text[len(text) - kept // 2 :]}")
     return "\n".join(lines)
+
+
+def tile_enlarged(images, rows, columns):
+    """utils.tile_images of uint8 (rows * columns, S, S, 3); below 32 pixels enlarged, set apart."""
+    zoom = max(1, 32 // images.shape[1])
+    enlarged = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
+    return tile_images(enlarged, rows, columns, border=zoom // 2)
 
 
 def labelled_grid(rows, row_labels, column_labels=(), title=""):

@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from hps import OneLineParser, UserError
+from bounds import nats_to_bits
+from endings import run_command
+from errors import UserError
+from options import OneLineParser
 from pictures import draw_curves
-from utils import run_command
-from vae_helpers import nats_to_bits
 
 
 def read_log(path):

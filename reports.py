@@ -6,9 +6,12 @@ import weakref
 import torch
 from tqdm import tqdm
 
-from hps import UserError
+from bounds import nats_to_bits
+from errors import UserError
+from image_sets import result_notice
+from launchers import resolve_device, world
+from options import setting
 from pictures import draw_rates
-from utils import mpi_rank, mpi_size
 from vae import VAE
 
 # ---- at the start --------------------------------------------------------------------------
@@ -41,7 +44,7 @@ def activation_bytes(H):
     """
     with torch.device("meta"):
         vae = VAE(H)
-        if H.checkpoint_activations:
+        if setting(H, "checkpoint_activations"):
             vae.checkpoint_activations()
         x = torch.empty(8, H.image_size, H.image_size, H.image_channels)
         return saved_bytes(vae, lambda: vae(x, x)["elbo"]) // 8
@@ -60,18 +63,19 @@ def summary(H, ema_vae, n_train, n_heldout):
         f"{sum(b.base == r for b in ema_vae.decoder.dec_blocks)} at {r}x{r}"
         for r in ema_vae.decoder.resolutions
     )
-    global_batch = H.n_batch * H.grad_accum * mpi_size()
+    global_batch = H.n_batch * setting(H, "grad_accum") * world().size
     betas = f"betas {H.adam_beta1:g} {H.adam_beta2:g}"
-    device = H.device
+    device = resolve_device(setting(H, "device"))
     if device != "cpu":
         device = f"{device}, {torch.cuda.get_device_name(device)}"
+    processes = f"{world().size} process{'es' * (world().size > 1)}"
     facts = {
         "preset": H.hparam_sets,
         "network": f"{parameters:,} parameters, {len(ema_vae.decoder.dec_blocks)} stochastic "
         f"layers: {layers}",
         "data": f"{H.dataset}, {H.image_size}x{H.image_size}, {n_train:,} to train on, "
         f"{n_heldout:,} to {'test' if H.test_eval else 'validate'}",
-        "device": f"{device}, {H.precision}, {mpi_size()} process{'es' * (mpi_size() > 1)}",
+        "device": f"{device}, {setting(H, 'precision')}, {processes}",
         "batch": f"{H.n_batch} a process, {global_batch} a step",
         "optimizer": f"AdamW, lr {H.lr:g} after {H.warmup_iters:g} steps, decay {H.wd:g}, {betas}",
         "length": f"{H.num_epochs} epochs, {H.num_epochs * (n_train // global_batch):,} steps",
@@ -96,7 +100,7 @@ def with_tensorboard(logprint, folder):
             f"--tensorboard needs the package tensorboard ({error}): pip install tensorboard, or "
             f"leave the option out"
         ) from None
-    if mpi_rank() != 0:
+    if world().rank != 0:
         return logprint
     writer = None  # until there is something to write: the folder may not be made yet
 
@@ -117,10 +121,39 @@ def with_tensorboard(logprint, folder):
 # ---- on the way ----------------------------------------------------------------------------
 
 
-def progress(total, done):
+def progress_bar(total, done):
     """A line at the foot of a terminal: steps done, time left, steps a second; no file gets it."""
-    disable = None if mpi_rank() == 0 else True
+    disable = None if world().rank == 0 else True
     return tqdm(total=total, initial=done, unit=" steps", disable=disable, dynamic_ncols=True)
+
+
+def log_training(H, average, at, lr, global_batch, logprint):
+    """Logs a `train_loss` line: accumulate_stats' averages, at a resuming.Progress.
+
+    Args:
+        lr: learning rate of the step. global_batch: images of a step, of all processes.
+    """
+    logprint(
+        model=H.desc,
+        type="train_loss",
+        lr=lr,
+        epoch=at.epoch,
+        step=at.step,
+        **average,
+        bits_per_dim=nats_to_bits(average["elbo"]),
+        skip_rate=average["skipped_updates"] / len(at.stats),
+        images_per_second=global_batch / average["iter_time"],
+        **result_notice(H.dataset),
+    )
+
+
+def skip_report(H, at):
+    """A line on a streak of skipped updates, at a resuming.Progress."""
+    return (
+        f"{at.skips} updates in a row were skipped (last gradient norm "
+        f"{at.stats[-1]['grad_norm']:.4g}, --skip_threshold {H.skip_threshold:g}): the model is "
+        f"not training; restore an earlier checkpoint with a lower --lr, or raise --skip_threshold"
+    )
 
 
 def log_evaluation(H, ema_vae, figures, logprint, name, **event):
@@ -138,7 +171,7 @@ def log_evaluation(H, ema_vae, figures, logprint, name, **event):
         rate_per_layer=[float(f"{rate:.5g}") for rate in rates],
         rate_per_resolution={r: float(f"{rate:.5g}") for r, rate in by_resolution.items()},
     )
-    if mpi_rank() == 0:
+    if world().rank == 0:
         path = os.path.join(H.save_dir, f"rates-{name}.png")
         try:
             what = "test set" if name == "test" else f"step {name}"

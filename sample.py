@@ -1,5 +1,5 @@
 # PYTHON_ARGCOMPLETE_OK
-"""Pictures and latents from trained weights, without a data set.
+"""What trained weights make, pictures or latents, without a data set.
 
     python sample.py --restore_ema_path latest-model-ema.th samples --n 64 --temperature 0.8
 
@@ -8,49 +8,41 @@ rounding, in any batch size and however many others are made.
 """
 
 import argparse
-import contextlib
-import fcntl
 import functools
-import json
 import math
-import os
-import re
-import shutil
 import sys
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from data import decode as decode_image
-from data import fit, preprocess
-from hps import HPARAMS_REGISTRY, OPTIONS, OneLineParser, UserError, complete, get_hparams
+import options
+from batches import preprocess
+from endings import run_command
+from errors import UserError, reason_of
+from files import replace, sha256
+from hps import HPARAMS_REGISTRY
+from image_files import read_images
+from noise import DECODING, ENCODING, SAMPLING, image_generators
+from options import OPTIONS, OneLineParser, complete
+from outputs import check_free, check_out, write_images, writing
 from pictures import labelled_grid
-from train_helpers import load_model, sha256
-from utils import image_generators, maybe_download, run_command
-
-# The purposes of random numbers, beside those of train.py.
-SAMPLING, ENCODING, DECODING = range(10, 13)
-
-GRID_LIMIT = 1024  # images of a grid; a larger one is nothing to look at
+from presets import get_hparams
+from utils import maybe_download
+from weights import load_model
 
 # ---- the command line ----------------------------------------------------------------------
-
-TYPES = {name: kind for rows in OPTIONS.values() for name, kind, *_ in rows}
-count, number = TYPES["n_batch"], TYPES["temperature"]
 
 
 def temperatures(text):
     """The argparse type of "0.8" or "1:1.0,4:0.9": a number, or {resolution: number}."""
     if ":" not in text:
-        return number(text)
+        return options.nonnegative(text)
     pairs = [pair.split(":") for pair in text.split(",")]
     if any(len(pair) != 2 for pair in pairs):
         raise argparse.ArgumentTypeError(f"got {text!r}; it must be a number or R:t,R:t")
-    return {count(resolution): number(t) for resolution, t in pairs}
+    return {options.count(resolution): options.nonnegative(t) for resolution, t in pairs}
 
 
 def add_common_options(parser, in_command):
@@ -65,10 +57,10 @@ def add_common_options(parser, in_command):
     action = add(group, "hps", None, "preset (none: told by the run's state.json or the weights)")
     complete(action, HPARAMS_REGISTRY)
     action = add(group, "device", "auto", "auto, cpu or cuda; auto is CUDA where there is one",
-                 type=TYPES["device"])  # fmt: skip
-    complete(action, TYPES["device"].values)
-    add(group, "seed", 0, "seed of the noise", type=TYPES["seed"])
-    add(group, "n_batch", 16, "images at a time", type=count)
+                 type=options.device)  # fmt: skip
+    complete(action, options.device.values)
+    add(group, "seed", 0, "seed of the noise", type=options.seed)
+    add(group, "n_batch", 16, "images at a time", type=options.count)
     add(group, "mean", False, "pixels: the mean of the mixture, without noise, not a sample",
         action="store_true")  # fmt: skip
     group = parser.add_argument_group("output")
@@ -83,8 +75,12 @@ def add_common_options(parser, in_command):
 
 def add_keep_options(parser, temperature):
     keep = parser.add_mutually_exclusive_group()
-    keep.add_argument("--layers", type=count, help="keep the first LAYERS latents (none: all)")
-    keep.add_argument("--resolution", type=count, help="keep the latents up to this resolution")
+    keep.add_argument(
+        "--layers", type=options.count, help="keep the first LAYERS latents (none: all)"
+    )
+    keep.add_argument(
+        "--resolution", type=options.count, help="keep the latents up to this resolution"
+    )
     parser.add_argument("--temperature", type=temperatures, default=temperature,
                         help="of the latents that are not kept: a number, or R:t,R:t")  # fmt: skip
 
@@ -104,7 +100,7 @@ def make_parser():
         return sub
 
     sub = command("samples", samples, "images from the prior; a long run resumes where it stopped")
-    sub.add_argument("--n", type=count, default=16, help="images")
+    sub.add_argument("--n", type=options.count, default=16, help="images")
     sub.add_argument("--temperature", type=temperatures, default=1.0,
                      help="factor of the prior's standard deviations: a number, or R:t,R:t for "
                      "those at resolution R (others: 1)")  # fmt: skip
@@ -113,15 +109,15 @@ def make_parser():
     add_keep_options(sub, temperature=0.1)
     sub = command("interpolate", interpolate, "images between two, along a line of latents")
     sub.add_argument("images", nargs=2, metavar="IMAGE", help="image files; as in reconstruct")
-    sub.add_argument("--steps", type=count, default=8, help="images, both ends included")
+    sub.add_argument("--steps", type=options.count, default=8, help="images, both ends included")
     add_keep_options(sub, temperature=0.1)
     sub = command("progressive", progressive, "how images form: more layers row by row")
     sub.add_argument("images", nargs="*", help="image files, as in reconstruct (none: samples)")
-    sub.add_argument("--n", dest="columns", metavar="N", type=count, default=8,
+    sub.add_argument("--n", dest="columns", metavar="N", type=options.count, default=8,
                      help="samples, where no images are given")  # fmt: skip
     sub.add_argument("--temperature", type=temperatures, default=1.0, help="of the samples' "
                      "latents: a number, or R:t,R:t")  # fmt: skip
-    sub.add_argument("--rest", type=number, default=0.1,
+    sub.add_argument("--rest", type=options.nonnegative, default=0.1,
                      help="temperature of the layers that are yet to come")  # fmt: skip
     sub = command("encode", encode, "image files to an .npz of their latents")
     sub.add_argument("images", nargs="+", help="image files; as in reconstruct")
@@ -184,270 +180,14 @@ def layers_to_keep(model, args):
     return args.layers or len(bases)
 
 
-def read_image(path, size):
-    """An image file's middle square as uint8 (size, size, 3), as own images are packed.
-
-    A smaller image is enlarged (bicubic).
-
-    Raises:
-        UserError: for a file that can't be read, or is not 8-bit RGB, grey or palette.
-    """
-    try:
-        image = decode_image(Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"{path} can't be read ({error.strerror}): name an image file") from None
-    except ValueError as error:
-        raise UserError(f"{path} {error}: name another image file") from None
-    return fit(ImageOps.cover(image, (size, size)) if min(image.size) < size else image, size)
-
-
-def read_images(paths, size):
-    """uint8 (n, size, size, 3) of image files, as read_image."""
-    return np.stack([read_image(path, size) for path in paths])
-
-
-# ---- where images go -----------------------------------------------------------------------
-
-
-def check_out(args):
-    """Holds --out against what the command can write.
-
-    Raises:
-        UserError: for another kind of file, or latents that go to no .npz.
-    """
-    suffix = Path(args.out).suffix.lower()
-    if args.command == "encode" and suffix != ".npz":
-        raise UserError(f"--out {args.out}: latents go to an .npz file, name one")
-    if suffix == ".npy" or suffix != ".png" and suffix in Image.registered_extensions():
-        raise UserError(
-            f"--out {args.out}: images go to NAME.png, NAME.npz or a folder, whose name must not "
-            f"end in {suffix}"
-        )
-
-
-def check_free(args):
-    """Raises UserError where the output can't be written or, without --force, exists."""
-    if os.path.isdir(args.out):
-        raise UserError(f"{args.out} is a folder: name another --out")
-    if os.path.exists(args.out) and not args.force:
-        raise UserError(f"{args.out} exists already: name another --out, or add --force")
-    Path(f"{args.out}.partial").touch()  # as replace does in the end
-    Path(f"{args.out}.partial").unlink()
-
-
-@contextlib.contextmanager
-def writing(args, remedy=""):
-    """Turns an OSError of the body into a UserError that names --out."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{args.out} can't be written ({error.strerror}): make room or name another --out"
-            f"{remedy}"
-        ) from None
-
-
-def replace(path, write):
-    """Writes a file through write(temporary path): `path` is whole or not there."""
-    partial = Path(f"{path}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-# Options that change no image, beside the weights' path, for which their hash stands.
-NOT_SETTINGS = ("restore_ema_path", "hps", "device", "n_batch", "n", "out", "force", "function")
-
-
-def read_settings(path):
-    """What check_settings has kept in a file, or None where there is none.
-
-    Raises:
-        UserError: for a file that is no JSON object.
-    """
-    try:
-        settings = json.loads(path.read_bytes())
-        if not isinstance(settings, dict):
-            raise ValueError("no JSON object")
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        raise UserError(
-            f"{path} does not tell what images it belongs to ({error}): name another --out"
-        ) from None
-    return settings
-
-
-def check_settings(path, args):
-    """Keeps what decides the images of unfinished output in a file, `path`.
-
-    Raises:
-        UserError: if the file is there and tells of other settings, naming the first.
-    """
-    settings = {"weights": sha256(args.restore_ema_path)}
-    settings |= {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
-    settings = json.loads(json.dumps(settings))  # as they are read back
-    found = read_settings(path)
-    for key in {**settings, **found} if found is not None else ():
-        if found.get(key) != settings.get(key):
-            raise UserError(
-                f"{path} tells of images made with {key} {found.get(key)}, not "
-                f"{settings.get(key)}: name another --out, or add --force to start anew"
-            )
-    if found is None:
-        replace(path, lambda partial: partial.write_text(json.dumps(settings)))
-
-
-class NpzFile:
-    """An .npz of arr_0, uint8 (n, S, S, 3), as FID tools read it, made from NAME.npz.part.
-
-    The .part holds nothing but pixels: its length tells how many images are done.
-    """
-
-    remedy = "; the same command then goes on"
-
-    def __init__(self, args, size):
-        self.out, self.shape = Path(args.out), (size, size, 3)
-        self.part, self.settings = (
-            self.out.with_name(f"{self.out.name}.part{suffix}") for suffix in ("", ".json")
-        )
-        check_free(args)
-        if args.force:
-            self.part.unlink(missing_ok=True)
-            self.settings.unlink(missing_ok=True)
-        if self.part.exists() and not self.settings.exists():
-            raise UserError(
-                f"{self.part} is there without {self.settings.name}, which tells what it is: name "
-                f"another --out, or add --force to replace it"
-            )
-        check_settings(self.settings, args)
-        # Whole batches only: what follows is then, bit for bit, what a run in one go makes.
-        whole = args.n_batch * math.prod(self.shape)
-        self.file = open(self.part, "ab")
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"{self.part} is being written by another process: wait, or name another --out"
-            ) from None
-        self.file.truncate(self.file.tell() // whole * whole)
-        self.done = self.file.tell() // math.prod(self.shape)
-
-    def write(self, images):
-        self.file.write(images.tobytes())
-        self.file.flush()
-
-    def finish(self, n):
-        self.file.close()
-        header = {"descr": "|u1", "fortran_order": False, "shape": (n, *self.shape)}
-
-        def write(path):
-            with zipfile.ZipFile(path, "w") as archive:
-                with archive.open("arr_0.npy", "w", force_zip64=True) as npy:
-                    np.lib.format.write_array_header_1_0(npy, header)
-                    with open(self.part, "rb") as pixels:
-                        shutil.copyfileobj(pixels, npy, 1 << 20)
-
-        os.truncate(self.part, n * math.prod(self.shape))  # an earlier run may have made more
-        replace(self.out, write)
-        self.part.unlink()
-        self.settings.unlink()
-
-
-class Folder:
-    """A folder of 000000.png, 000001.png, ..."""
-
-    remedy = "; the same command then goes on"
-
-    def __init__(self, args, size):
-        self.folder = Path(args.out)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        settings = self.folder / "settings.json"
-        # Other programs have files of that name too.
-        ours = "weights" in (read_settings(settings) or ())
-        # A kill before the first image leaves the name at most that the settings are written under.
-        if not ours and any(p.name != f"{settings.name}.partial" for p in self.folder.iterdir()):
-            raise UserError(f"{self.folder} holds other files: name a new folder with --out")
-        if args.force and ours:
-            self.remove_from(0)
-            settings.unlink()
-        check_settings(settings, args)
-        self.done = 0
-        while self.path(self.done).exists():
-            self.done += 1
-        self.done -= self.done % args.n_batch
-
-    def path(self, i):
-        return self.folder / f"{i:06}.png"
-
-    def remove_from(self, n):
-        """Removes image n and all behind it, and what a kill has left of any."""
-        for path in self.folder.iterdir():
-            match = re.fullmatch(r"(\d{6,})\.png(\.partial)?", path.name, re.ASCII)
-            if match and (int(match[1]) >= n or match[2]):
-                path.unlink()
-
-    def write(self, images):
-        for image in images:
-            replace(self.path(self.done), lambda p, i=image: Image.fromarray(i).save(p, "PNG"))
-            self.done += 1
-
-    def finish(self, n):
-        self.remove_from(n)  # an earlier run may have made more
-
-
-class Grid:
-    """One picture with labels, drawn at the end by draw(images) → PIL image."""
-
-    remedy = ""
-
-    def __init__(self, args, draw):
-        check_free(args)
-        self.out, self.draw, self.images, self.done = args.out, draw, [], 0
-
-    def write(self, images):
-        self.images.append(images)
-
-    def finish(self, n):
-        picture = self.draw(np.concatenate(self.images))
-        replace(self.out, lambda path: picture.save(path, "PNG"))
-
-
-def deliver(args, model, n, make, draw):
-    """Makes images 0 to n - 1 and writes them to args.out, a batch at a time.
-
-    Args:
-        n: how many.
-        make: indices (a range) → their images, uint8 (len, S, S, 3).
-        draw: all images → the labelled grid.
-
-    Raises:
-        UserError: if args.out exists, is too large a grid or can't be written.
-    """
-    kind = {".png": Grid, ".npz": NpzFile}.get(Path(args.out).suffix.lower(), Folder)
-    if kind is Grid and n > GRID_LIMIT:
-        raise UserError(f"{n} images in one grid are too many: give --out a .npz or a folder")
-    with writing(args, kind.remedy):
-        sink = kind(args, draw if kind is Grid else model.H.image_size)
-        with tqdm(total=n, initial=min(sink.done, n), unit=" images", disable=None) as bar:
-            for first in range(sink.done, n, args.n_batch):
-                indices = range(first, min(first + args.n_batch, n))
-                sink.write(make(indices))
-                bar.update(len(indices))
-        sink.finish(n)
-    print(f"{args.out}: {n} images of {model.H.image_size} pixels")
+# ---- commands ------------------------------------------------------------------------------
 
 
 def noise(args, purpose, indices):
     return image_generators(indices, args.seed, purpose)
 
 
-# ---- commands ------------------------------------------------------------------------------
-
-
-def say(temperature):
+def words_of(temperature):
     if isinstance(temperature, dict):
         return ", ".join(f"t({r}) = {t:g}" for r, t in temperature.items())
     return f"t = {temperature:g}"
@@ -467,7 +207,7 @@ def samples(args, model):
     def draw(images):
         columns = min(args.n, max(8, math.ceil(math.sqrt(args.n))))
         starts = range(0, args.n, columns)
-        title = f"{name_of(model, args)}: samples, {say(args.temperature)}, seed {args.seed}"
+        title = f"{name_of(model, args)}: samples, {words_of(args.temperature)}, seed {args.seed}"
         return labelled_grid(
             [images[i : i + columns] for i in starts],
             [f"{i}" for i in starts],
@@ -475,7 +215,7 @@ def samples(args, model):
             title,
         )
 
-    deliver(args, model, args.n, make, draw)
+    write_images(args, model, args.n, make, draw)
 
 
 def latents_of(args, model, images, indices, get_gaussians=False):
@@ -492,7 +232,7 @@ def decoded(args, model, latents, t, indices, purpose=DECODING):
 
 def kept(model, k, temperature):
     n = len(model.decoder.dec_blocks)
-    return f"all {n} layers" if k == n else f"{k} of {n} layers, rest {say(temperature)}"
+    return f"all {n} layers" if k == n else f"{k} of {n} layers, rest {words_of(temperature)}"
 
 
 def reconstruct(args, model):
@@ -513,7 +253,7 @@ def reconstruct(args, model):
             rows, labels, names, f"{name_of(model, args)}: {kept(model, k, args.temperature)}"
         )
 
-    deliver(args, model, len(originals), make, draw)
+    write_images(args, model, len(originals), make, draw)
 
 
 def interpolate(args, model):
@@ -535,7 +275,7 @@ def interpolate(args, model):
         title = f"{name_of(model, args)}: {kept(model, k, args.temperature)}"
         return labelled_grid([row], [""], columns, title)
 
-    deliver(args, model, args.steps, make, draw)
+    write_images(args, model, args.steps, make, draw)
 
 
 def progressive(args, model):
@@ -572,11 +312,11 @@ def progressive(args, model):
             rows.append(originals)
             names.append("original")
         columns = [Path(path).stem for path in args.images] or [str(i) for i in range(n)]
-        what = "" if args.images else f"samples, {say(args.temperature)}, seed {args.seed}, "
+        what = "" if args.images else f"samples, {words_of(args.temperature)}, seed {args.seed}, "
         title = f"{name_of(model, args)}: {what}layers to come at t = {args.rest:g}"
         return labelled_grid(rows, names, columns, title)
 
-    deliver(args, model, len(ends) * n, make, draw)
+    write_images(args, model, len(ends) * n, make, draw)
 
 
 def encode(args, model):
@@ -633,8 +373,9 @@ def read_latents(path, model, weights):
     except FileNotFoundError:
         raise UserError(f"{path} does not exist: make it with sample.py encode") from None
     except Exception as error:  # a damaged file raises nearly anything
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} holds no latents of this model ({reason}): encode anew") from None
+        raise UserError(
+            f"{path} holds no latents of this model ({reason_of(error)}): encode anew"
+        ) from None
     return latents, n
 
 
@@ -656,7 +397,7 @@ def decode(args, model):
             title,
         )
 
-    deliver(args, model, n, make, draw)
+    write_images(args, model, n, make, draw)
 
 
 @torch.inference_mode()

@@ -47,17 +47,19 @@ import sys
 
 import torch
 
-from hps import UserError, get_hparams
-from train_helpers import check_weights, convert_optimizer_state, read_torch_file, read_weights
-from train_helpers import restore_log
+from errors import UserError
+from optimizers import convert_optimizer_state
+from presets import get_hparams
+from resuming import read_log
 from vae import VAE
+from weights import check_weights, read_torch_file, read_weights
 
 path, name, preset = sys.argv[1:]
 with torch.device("meta"):
     model = VAE(get_hparams(preset))
 try:
     if name.endswith("log.jsonl"):
-        restore_log(path, 0, 1)
+        read_log(path)
     elif name.endswith("opt.th"):
         convert_optimizer_state(read_torch_file(path), model.parameters(), True)
     else:

@@ -9,7 +9,6 @@ import contextlib
 import math
 import os
 import time
-from collections import deque
 
 import imageio.v3 as imageio
 import numpy as np
@@ -17,46 +16,61 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
-from data import EpochBatches, make_loader, set_up_data
-from hps import UserError, result_notice
-from reports import log_evaluation, progress, summary, with_tensorboard
+from batches import make_loader, training_batches
+from bounds import distortion_and_rates, importance_weighted_elbo, nats_to_bits
+from checkpoints import remove_old_checkpoints
+from data import set_up_data
+from endings import Stopped, heartbeat, run_command, stop
+from errors import UserError
+from files import replace
+from fused import forward_precision
+from image_sets import result_notice
+from launchers import world
+from logs import buffer_log
+from noise import (
+    EVALUATION,
+    IMPORTANCE,
+    PICTURES,
+    TRAINING,
+    image_generators,
+    noise_of_images,
+    noise_seed,
+)
+from options import setting
+from pictures import tile_enlarged
+from processes import allreduce
+from reports import (
+    log_evaluation,
+    log_training,
+    progress_bar,
+    skip_report,
+    summary,
+    with_tensorboard,
+)
+from resuming import Progress, resume_run
+from run_folder import begin_run, begin_training
 from train_helpers import (
     accumulate_stats,
-    claim_run,
     load_opt,
     load_vaes,
-    open_run,
-    prepare_run,
-    remove_old_sets,
-    resume_run,
-    save_run,
+    save_model,
+    set_up_hyperparams,
     update_ema,
-    write_bytes,
 )
-from utils import (
-    Stopped,
-    allreduce,
-    get_cpu_stats_over_ranks,
-    heartbeat,
-    image_generators,
-    mpi_rank,
-    mpi_size,
-    noise_seed,
-    run_command,
-    stop,
-    tile_images,
-)
-from vae_helpers import forward_precision, nats_to_bits
-
-# The purposes of random numbers: each is a seed of its own, a function of the run's seed.
-TRAINING, EVALUATION, PICTURES, IMPORTANCE = range(4)
+from utils import get_cpu_stats_over_ranks
 
 # Steps of this run at which to log and draw besides the regular ones: progress from the start.
 EARLY_STEPS = {1} | {2**k for k in range(3, 14)}
 
 
+OWN_SAMPLER = "noise was not drawn image by image: the figures depend on the batch size"
+
+
+# ---- one step ------------------------------------------------------------------------------
+
+
 def training_step(H, data_input, target, vae, ema_vae, optimizer, iterate):
-    """One step on a batch of input and target (N, R, R, 3), in H.grad_accum parts.
+    """One step on a batch of input and target (N, R, R, 3), in --grad_accum parts.
 
     The update is skipped, on all ranks alike, if any saw a NaN or if the gradient norm, before
     clipping, is not below H.skip_threshold.
@@ -67,11 +81,11 @@ def training_step(H, data_input, target, vae, ema_vae, optimizer, iterate):
     """
     start = time.perf_counter()
     vae.zero_grad(set_to_none=True)
-    batches, parts = [t.chunk(H.grad_accum or 1) for t in (data_input, target)], []
+    batches, parts = [t.chunk(setting(H, "grad_accum")) for t in (data_input, target)], []
     for last, part in enumerate(zip(*batches, strict=True), start=1 - len(batches[0])):
         # The processes average their gradients once, with those of the last part.
         with vae.no_sync() if last < 0 else contextlib.nullcontext():
-            with forward_precision(H.precision, data_input.device):
+            with forward_precision(setting(H, "precision"), data_input.device):
                 parts.append(vae(*part))
             (parts[-1]["elbo"] / len(batches[0])).backward()
     stats = {key: torch.stack([p[key].detach() for p in parts]).mean() for key in parts[0]}
@@ -103,6 +117,9 @@ def eval_step(data_input, target, ema_vae):
     return get_cpu_stats_over_ranks(ema_vae(data_input, target))
 
 
+# ---- evaluation ----------------------------------------------------------------------------
+
+
 @torch.inference_mode()
 def evaluate(H, ema_vae, data_valid, preprocess_fn):
     """Scores every image of a data set once, whatever the batch size and number of processes.
@@ -114,72 +131,70 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         n_batches, n_images; elbo, distortion and rate, means over images in nats per dimension;
         filtered_elbo, over the images where it is finite; bits_per_dim; rate_per_layer, a list;
         with H.iw_samples also iw_elbo, the importance-weighted bound, and iw_bits_per_dim; and
-        where figures on the data set must not be compared with published ones, a notice.
+        a notice where the figures must not be compared with others.
 
     Raises:
         Stopped: if a signal asked for it.
     """
-    mine = Subset(data_valid, range(mpi_rank(), len(data_valid), mpi_size()))
+    seed, iw_samples = setting(H, "seed"), setting(H, "iw_samples")
+    mine = Subset(data_valid, range(world().rank, len(data_valid), world().size))
     loader = make_loader(H, mine, batch_size=H.n_batch)
-    # Sums over images: count, elbo, finite elbos, how many those are, distortion, rate, batches;
-    # then whether the rank was asked to stop.
-    totals = torch.zeros(8, dtype=torch.float64)
-    # The same of each layer's rate and, last, of the importance-weighted bound.
-    more = torch.zeros(len(ema_vae.decoder.dec_blocks) + 1, dtype=torch.float64)
-    for batch in tqdm(loader, "evaluating", disable=None if mpi_rank() == 0 else True):
+    sums = dict.fromkeys(
+        "n_images n_batches n_finite elbo finite_elbo distortion rate iw_elbo stopped foreign_noise"
+        .split(), 0.0
+    )  # fmt: skip
+    rate_per_layer = torch.zeros(len(ema_vae.decoder.dec_blocks), dtype=torch.float64)
+    for batch in tqdm(loader, "evaluating", disable=None if world().rank == 0 else True):
         heartbeat()
         if stop.requested():
-            totals[7] = 1
+            sums["stopped"] = 1.0
             break
-        first = int(totals[0])
+        first = int(sums["n_images"])
         indices = mine.indices[first : first + len(batch[0])]
         x, target = preprocess_fn(batch)
-        with forward_precision(H.precision, x.device):
-            distortion, rates = ema_vae.distortion_and_rate(
-                x, target, image_generators(indices, H.seed, EVALUATION), per_layer=True
-            )
+        with (
+            forward_precision(setting(H, "precision"), x.device),
+            noise_of_images(image_generators(indices, seed, EVALUATION)) as noise,
+        ):
+            distortion, rates = distortion_and_rates(ema_vae, x, target)
         distortion, rates = distortion.double().cpu(), rates.double().cpu()  # (N,), (layers, N)
         rate = rates.sum(dim=0)  # (N,)
-        elbo = distortion + rate
-        more[:-1] += rates.sum(dim=1)
-        if H.iw_samples:
+        elbo = distortion + rate  # (N,)
+        finite = elbo[elbo.isfinite()]
+        if iw_samples:
             # The first sample is the ELBO's own: with one, the two are the same.
-            def noise(k, indices=indices):
-                return image_generators(indices, H.seed, *((IMPORTANCE, k) if k else (EVALUATION,)))
+            def generators(k, indices=indices):
+                return image_generators(indices, seed, *((IMPORTANCE, k) if k else (EVALUATION,)))
 
-            with forward_precision(H.precision, x.device):
-                bound = ema_vae.importance_weighted_elbo(x, target, H.iw_samples, noise)  # (N,)
-            more[-1] += bound.sum().cpu()
-        finite = elbo.isfinite()
-        totals += torch.stack(
-            [
-                torch.tensor(len(elbo)),
-                elbo.sum(),
-                elbo[finite].sum(),
-                finite.sum(),
-                distortion.sum(),
-                rate.sum(),
-                torch.tensor(1),
-                torch.tensor(0),
-            ]
-        )
-    totals = allreduce(totals.to(H.device or "cpu"), average=False).tolist()
-    n_images, elbo, finite_elbo, n_finite, distortion, rate, n_batches, stopped = totals
-    if stopped:
+            with forward_precision(setting(H, "precision"), x.device):
+                bound = importance_weighted_elbo(ema_vae, x, target, iw_samples, generators)  # (N,)
+            sums["iw_elbo"] += bound.sum().item()
+        sums["n_images"] += len(elbo)
+        sums["n_batches"] += 1
+        sums["n_finite"] += len(finite)
+        for name, values in (("elbo", elbo), ("finite_elbo", finite), ("distortion", distortion)):
+            sums[name] += values.sum().item()
+        sums["rate"] += rate.sum().item()
+        sums["foreign_noise"] += noise.draws < len(rates)
+        rate_per_layer += rates.sum(dim=1)
+    device = next(ema_vae.parameters()).device
+    totals = torch.tensor([*sums.values(), *rate_per_layer], dtype=torch.float64, device=device)
+    totals = allreduce(totals, average=False).tolist()
+    sums, rate_per_layer = dict(zip(sums, totals, strict=False)), totals[len(sums) :]
+    if sums["stopped"]:
         raise Stopped("stopped in an evaluation")
-    *rate_per_layer, bound = (allreduce(more.to(H.device or "cpu"), False) / n_images).tolist()
+    n_images, n_finite = sums["n_images"], sums["n_finite"]
     figures = {
-        "n_batches": int(n_batches),
+        "n_batches": int(sums["n_batches"]),
         "n_images": int(n_images),
-        "filtered_elbo": finite_elbo / n_finite if n_finite else math.nan,
-        "elbo": elbo / n_images,
-        "distortion": distortion / n_images,
-        "rate": rate / n_images,
-        "bits_per_dim": nats_to_bits(elbo / n_images),
-        "rate_per_layer": rate_per_layer,
-        **result_notice(H.dataset),
+        "filtered_elbo": sums["finite_elbo"] / n_finite if n_finite else math.nan,
+        **{name: sums[name] / n_images for name in ("elbo", "distortion", "rate")},
+        "bits_per_dim": nats_to_bits(sums["elbo"] / n_images),
+        "rate_per_layer": [rate / n_images for rate in rate_per_layer],
+        **result_notice(H.dataset, OWN_SAMPLER if sums["foreign_noise"] else None),
     }
-    if H.iw_samples:
+    if iw_samples:
+        bound = sums["iw_elbo"] / n_images
         figures |= {"iw_elbo": bound, "iw_bits_per_dim": nats_to_bits(bound)}
     return figures
 
@@ -190,6 +205,9 @@ def run_test_eval(H, ema_vae, data_test, preprocess_fn, logprint):
     stats = evaluate(H, ema_vae, data_test, preprocess_fn)
     log_evaluation(H, ema_vae, stats, logprint, "test", type="test_loss")
     return stats
+
+
+# ---- pictures ------------------------------------------------------------------------------
 
 
 def get_sample_for_visualization(data, preprocess_fn, num, dataset):
@@ -215,171 +233,145 @@ def write_images(H, ema_vae, viz_batch_original, viz_batch_processed, fname, log
     for t in (1.0, 0.9, 0.8, 0.7)[: H.num_temperatures_visualize]:
         rows.append(ema_vae.forward_uncond_samples(n, t=t))
     logprint(f"writing pictures to {fname}")
-    zoom = max(1, 32 // rows[0].shape[1])
-    images = np.concatenate(rows).repeat(zoom, axis=1).repeat(zoom, axis=2)
-    picture = tile_images(images, len(rows), n, border=zoom // 2)
-    write_bytes(fname, imageio.imwrite("<bytes>", picture, extension=".png"))
+    picture = tile_enlarged(np.concatenate(rows), len(rows), n)
+    content = imageio.imwrite("<bytes>", picture, extension=".png")
+    replace(fname, lambda partial: partial.write_bytes(content), durable=True)
+
+
+def draw(H, ema_vae, viz, step, logprint):
+    """write_images to samples-STEP.png, on rank 0; a failure costs the picture, not the run."""
+    if world().rank != 0:
+        return
+    torch.manual_seed(noise_seed(setting(H, "seed"), PICTURES))
+    fname = os.path.join(H.save_dir, f"samples-{step}.png")
+    try:
+        with forward_precision(setting(H, "precision"), viz[1].device):
+            write_images(H, ema_vae, *viz, fname, logprint)
+    except OSError as error:
+        logprint(f"WARNING: no pictures at step {step} ({error})")
+
+
+# ---- training ------------------------------------------------------------------------------
+
+
+def save(H, name, progress, models, logprint, last=False):
+    """save_model on rank 0 of models (vae, ema_vae, optimizer); a failed save is logged.
+
+    Raises:
+        UserError: if the last save of a run fails.
+    """
+    if world().rank != 0:
+        return
+    H.progress = progress.record()
+    try:
+        save_model(os.path.join(H.save_dir, name), *models, H)
+        if keep := setting(H, "keep_ckpts"):
+            remove_old_checkpoints(H.save_dir, keep)
+    except OSError as error:
+        failure = (
+            f"{name} is not saved at step {progress.step} ({error}); the older files are whole"
+        )
+        if last:
+            raise UserError(f"{failure}: make room, then go on with --resume") from None
+        logprint(f"WARNING: {failure}")
 
 
 def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint):
     """Trains to H.num_epochs, then evaluates, saves and draws.
 
     Raises:
-        UserError: if there is no full batch to train on, the run's folder is in use, H.max_skips
+        UserError: if there is no full batch to train on, the run's folder is in use, --max_skips
             updates in a row were skipped, or the state can't be saved at the end.
         Stopped: if a signal asked for it; the state is saved.
     """
     # 1. What the steps need.
     optimizer, scheduler, _, iterate, starting_epoch = load_opt(H, vae, logprint)
-    resumed = H.resumed or {}
-    position = resumed.get("position", 0)  # images of the epoch that all ranks together have used
-    first_iterate = resumed.get("first_step", iterate)
-    stats = deque(resumed.get("stats", ()), maxlen=H.iters_per_print)
-    skips = resumed.get("skips", 0)
-    n_images = H.n_batch * (H.grad_accum or 1)  # of a step, in this process
-    batches = EpochBatches(len(data_train), n_images, mpi_rank(), mpi_size(), H.seed)
-    loader = make_loader(H, data_train, batch_sampler=batches)
-    if not len(batches):
-        raise UserError(
-            f"--n_batch {H.n_batch} on {mpi_size()} processes: the {len(data_train)} training "
-            f"images make no full batch; lower --n_batch or --grad_accum"
-        )
+    models, at = (vae, ema_vae, optimizer), Progress(H, iterate, starting_epoch)
+    seed, max_skips = setting(H, "seed"), setting(H, "max_skips")
+    batches, loader = training_batches(H, data_train)
+    global_batch = batches.n_batch * batches.size  # images of a step
     logprint(
-        f"global batch: {n_images * mpi_size()} images a step ({H.n_batch} x {H.grad_accum or 1} "
-        f"parts x {mpi_size()} processes)"
+        f"global batch: {global_batch} images a step ({H.n_batch} x {setting(H, 'grad_accum')} "
+        f"parts x {batches.size} processes)"
     )
     viz = get_sample_for_visualization(data_valid, preprocess_fn, H.num_images_visualize, H.dataset)
-    claim_run(H)
+    begin_training(H)
     if starting_epoch >= H.num_epochs:
-        logprint(f"nothing left to do: --num_epochs {H.num_epochs} are done, at step {iterate}")
+        logprint(f"nothing left to do: --num_epochs {H.num_epochs} are done, at step {at.step}")
         return
 
-    def save(name, last=False):
-        if mpi_rank() != 0:
-            return
-        state = {
-            "step": iterate,
-            "epoch": epoch,
-            "position": position,
-            "first_step": first_iterate,
-            "skips": skips,
-            "stats": list(stats),
-        }
-        try:
-            save_run(os.path.join(H.save_dir, name), vae, ema_vae, optimizer, H, state)
-            if H.keep_ckpts:
-                remove_old_sets(H.save_dir, H.keep_ckpts)
-        except OSError as error:
-            failure = f"{name} is not saved at step {iterate} ({error}); the older files are whole"
-            if last:
-                raise UserError(f"{failure}: make room, then go on with --resume") from None
-            logprint(f"WARNING: {failure}")
-
-    def draw():
-        if mpi_rank() == 0:
-            torch.manual_seed(noise_seed(H.seed, PICTURES))
-            fname = os.path.join(H.save_dir, f"samples-{iterate}.png")
-            try:
-                with forward_precision(H.precision, viz[1].device):
-                    write_images(H, ema_vae, *viz, fname, logprint)
-            except OSError as error:
-                logprint(f"WARNING: no pictures at step {iterate} ({error})")
-
-    def evaluate_and_log():
-        try:
-            figures = evaluate(H, ema_vae, data_valid, preprocess_fn)
-        except Stopped:
-            save("latest", last=True)
-            raise
-        event = dict(model=H.desc, type="eval_loss", epoch=epoch, step=iterate)
-        log_evaluation(H, ema_vae, figures, logprint, iterate, **event)
-
-    bar = progress(H.num_epochs * len(batches), iterate)
-    for epoch in range(starting_epoch, H.num_epochs):
-        batches.set_epoch(epoch, position)
+    bar = progress_bar(H.num_epochs * len(batches), at.step)
+    for at.epoch in range(starting_epoch, H.num_epochs):
+        batches.set_epoch(at.epoch, at.position)
         for batch in loader:
             # 2. The step. Its noise is a function of (seed, rank, step).
-            heartbeat(iterate)
-            torch.manual_seed(noise_seed(H.seed, TRAINING, mpi_rank(), iterate))
+            heartbeat(at.step)
+            torch.manual_seed(noise_seed(seed, TRAINING, world().rank, at.step))
             data_input, target = preprocess_fn(batch)
             lr = scheduler.get_last_lr()[0]
-            stats.append(training_step(H, data_input, target, vae, ema_vae, optimizer, iterate))
+            stats = training_step(H, data_input, target, *models, at.step)
             scheduler.step()
-            iterate += 1
-            position += n_images * mpi_size()
-            bar.set_postfix_str(f"{nats_to_bits(stats[-1]['elbo']):.3f} bits/dim", refresh=False)
+            at.advance(stats, global_batch)
+            bar.set_postfix_str(f"{nats_to_bits(stats['elbo']):.3f} bits/dim", refresh=False)
             bar.update()
-            early = iterate - first_iterate in EARLY_STEPS
+            early = at.step - at.first_step in EARLY_STEPS
 
             # 3. A run that no longer updates says so.
-            skips = skips + 1 if stats[-1]["skipped_updates"] else 0
-            if skips == H.skip_streak:
-                logprint(
-                    f"WARNING: the last {skips} updates were all skipped (gradient norm "
-                    f"{stats[-1]['grad_norm']:.4g}, --skip_threshold {H.skip_threshold:g}): the "
-                    f"model is not training. Restore an earlier checkpoint with a lower --lr, or "
-                    f"raise --skip_threshold."
-                )
+            if at.skips == setting(H, "skip_streak"):
+                logprint(f"WARNING: {skip_report(H, at)}")
 
             # 4. Log, draw, save: a kill after the last of these leaves nothing of the step undone.
-            if early or iterate % H.iters_per_print == 0:
-                average = accumulate_stats(stats, H.iters_per_print)
-                logprint(
-                    model=H.desc,
-                    type="train_loss",
-                    lr=lr,
-                    epoch=epoch,
-                    step=iterate,
-                    **average,
-                    bits_per_dim=nats_to_bits(average["elbo"]),
-                    skip_rate=average["skipped_updates"] / len(stats),
-                    images_per_second=n_images * mpi_size() / average["iter_time"],
-                    **result_notice(H.dataset),
-                )
-            if iterate % H.iters_per_images == 0 or (early and H.dataset != "ffhq_1024"):
-                draw()
-            if iterate % H.iters_per_ckpt == 0:
-                save(f"iter-{iterate}")
-            if iterate % H.iters_per_save == 0 and math.isfinite(stats[-1]["elbo"]):
-                save("latest")
-            if H.max_skips and skips >= H.max_skips:  # more after a resume that changed nothing
-                save("latest", last=True)
-                raise UserError(
-                    f"--max_skips {H.max_skips}: {skips} updates in a row were skipped (last "
-                    f"gradient norm {stats[-1]['grad_norm']:.4g}, --skip_threshold "
-                    f"{H.skip_threshold:g}); restore an earlier checkpoint with a lower --lr, or "
-                    f"raise --skip_threshold"
-                )
+            if early or at.step % H.iters_per_print == 0:
+                average = accumulate_stats(list(at.stats), H.iters_per_print)
+                log_training(H, average, at, lr, global_batch, logprint)
+            if at.step % H.iters_per_images == 0 or (early and H.dataset != "ffhq_1024"):
+                draw(H, ema_vae, viz, at.step, logprint)
+            if at.step % H.iters_per_ckpt == 0:
+                save(H, f"iter-{at.step}", at, models, logprint)
+            if at.step % H.iters_per_save == 0 and math.isfinite(stats["elbo"]):
+                save(H, "latest", at, models, logprint)
+            if max_skips and at.skips >= max_skips:  # more after a resume that changed nothing
+                save(H, "latest", at, models, logprint, last=True)
+                raise UserError(f"--max_skips {max_skips}: {skip_report(H, at)}")
             if stop.agreed:
-                save("latest", last=True)
-                raise Stopped(f"stopped at step {iterate}, saved; --resume goes on from it")
-        if (epoch + 1) % H.epochs_per_eval == 0 or epoch + 1 == H.num_epochs:
-            evaluate_and_log()
-        position = 0
+                save(H, "latest", at, models, logprint, last=True)
+                raise Stopped(f"stopped at step {at.step}, saved; --resume goes on from it")
 
-    # 5. The end of a run.
+        # 5. The end of an epoch.
+        if (at.epoch + 1) % H.epochs_per_eval == 0 or at.epoch + 1 == H.num_epochs:
+            try:
+                figures = evaluate(H, ema_vae, data_valid, preprocess_fn)
+            except Stopped:
+                save(H, "latest", at, models, logprint, last=True)
+                raise
+            event = dict(model=H.desc, type="eval_loss", epoch=at.epoch, step=at.step)
+            log_evaluation(H, ema_vae, figures, logprint, at.step, **event)
+        at.position = 0
+
+    # 6. The end of the run.
     bar.close()
-    epoch = H.num_epochs
-    draw()
-    save("latest", last=True)
+    at.epoch = H.num_epochs
+    draw(H, ema_vae, viz, at.step, logprint)
+    save(H, "latest", at, models, logprint, last=True)
 
 
 def main():
-    H, logprint = prepare_run()
+    buffer_log()  # what is refused below leaves no trace on the disk
+    H, logprint = set_up_hyperparams()
     H, data_train, data_valid_or_test, preprocess_fn = set_up_data(H)
     resume_run(H, logprint)
-    if H.tensorboard:
+    if setting(H, "tensorboard"):
         logprint = with_tensorboard(logprint, H.save_dir)
     if H.test_eval and not (H.restore_ema_path or H.restore_path):
         raise UserError("--test_eval needs weights: name them with --restore_ema_path")
     vae, ema_vae = load_vaes(H, logprint)
     for line in summary(H, ema_vae, len(data_train), len(data_valid_or_test)):
         logprint(line)
-    if H.dry_run:
+    if setting(H, "dry_run"):
         return
     stop.listen()
     if H.test_eval:
-        open_run(H)
+        begin_run(H)
         run_test_eval(H, ema_vae, data_valid_or_test, preprocess_fn, logprint)
     else:
         train_loop(H, data_train, data_valid_or_test, preprocess_fn, vae, ema_vae, logprint)

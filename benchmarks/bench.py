@@ -25,12 +25,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from reference import PlainVAE, plain_mixture_loss
 
-from hps import HPARAMS_REGISTRY, IMAGE_SETS, OneLineParser, UserError, get_hparams, target_bits
+from endings import run_command
+from errors import UserError
+from fused import allow_tf32, forward_precision
+from hps import HPARAMS_REGISTRY
+from image_sets import IMAGE_SETS, target_bits
+from launchers import resolve_device
+from likelihood import discretized_mix_logistic_loss
+from optimizers import make_optimizer
+from options import OneLineParser
+from presets import get_hparams
 from reports import saved_bytes
-from train_helpers import make_optimizer, update_ema
-from utils import resolve_device, run_command
+from train_helpers import update_ema
 from vae import VAE
-from vae_helpers import allow_tf32, discretized_mix_logistic_loss, forward_precision
 
 TASKS = ("train", "evaluate", "sample", "update", "likelihood")
 

@@ -19,9 +19,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bench import peak_bytes, seconds
 
-from hps import OneLineParser, get_hparams
+from endings import run_command
+from launchers import resolve_device
+from options import OneLineParser
+from presets import get_hparams
 from reports import saved_bytes
-from utils import resolve_device, run_command
 from vae import VAE
 
 # What grows: {its value: (batch, resolution, blocks at each resolution)}.

@@ -25,11 +25,14 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
-from data import EpochBatches, FfhqFiles, Images, make_loader, set_up_data
-from hps import Hyperparams, OneLineParser, add_vae_arguments, parse_args_and_update_hparams
+from batches import EpochBatches, Images, make_loader
+from data import FfhqFiles, set_up_data
+from endings import run_command
+from hps import Hyperparams, add_vae_arguments, parse_args_and_update_hparams
+from optimizers import make_optimizer
+from options import OneLineParser, add_own_options
 from train import training_step
-from train_helpers import load_vaes, make_optimizer
-from utils import run_command
+from train_helpers import load_vaes
 
 
 def make_H(*options):
@@ -37,6 +40,7 @@ def make_H(*options):
     small = "--hps images64 --device cpu --n_batch 16 --width 16 --custom_width_str= "
     small += "--enc_blocks 64x1,64d8,8x1 --dec_blocks 8x1,64m8"
     parser = add_vae_arguments(OneLineParser())
+    add_own_options(parser)
     parse_args_and_update_hparams(H, parser, [*small.split(), *map(str, options)])
     return H
 

@@ -14,13 +14,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hps import target_bits
-from vae_helpers import (
-    draw_gaussian_diag_samples,
-    gaussian_analytical_kl,
-    log_prob_from_logits,
-    sample_from_discretized_mix_logistic,
-)
+from image_sets import target_bits
+from likelihood import sample_from_discretized_mix_logistic
+from vae_helpers import draw_gaussian_diag_samples, gaussian_analytical_kl, log_prob_from_logits
 
 
 def plain_mixture_loss(x, l, low_bit):

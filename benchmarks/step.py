@@ -20,22 +20,29 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data import EpochBatches, make_loader, set_up_data
-from hps import OneLineParser, UserError, get_hparams
+from batches import EpochBatches, make_loader
+from data import set_up_data
+from endings import run_command
+from errors import UserError
+from launchers import world
+from options import OneLineParser
+from presets import get_hparams
+from run_folder import begin_run
 from train import training_step
-from train_helpers import accumulate_stats, load_opt, load_vaes, open_run, prepare_run, update_ema
-from utils import mpi_rank, mpi_size, run_command
+from train_helpers import accumulate_stats, load_opt, load_vaes, set_up_hyperparams, update_ema
 
 
 def child(args):
     """Runs the steps and prints a JSON object of median seconds: step, data, ema, log."""
     options = f"--hps {args.preset} --dataset photos32 --device cpu --save_dir {args.child}"
-    H, logprint = prepare_run([*options.split(), "--n_batch", str(args.batch // mpi_size())])
+    H, logprint = set_up_hyperparams(
+        [*options.split(), "--n_batch", str(args.batch // world().size)]
+    )
     H, train_set, _, preprocess = set_up_data(H)
     vae, ema_vae = load_vaes(H, logprint)
     optimizer, *_ = load_opt(H, vae, logprint)
-    open_run(H)
-    batches = EpochBatches(len(train_set), H.n_batch, mpi_rank(), mpi_size(), H.seed)
+    begin_run(H)
+    batches = EpochBatches(len(train_set), H.n_batch, world().rank, world().size, H.seed)
     loader = iter(make_loader(H, train_set, batch_sampler=batches))
     times = {"step": [], "data": [], "ema": [], "log": []}
 
@@ -56,7 +63,7 @@ def child(args):
             "log",
             lambda s=stats: logprint(type="train_loss", step=0, **accumulate_stats([s], 1)),
         )
-    if mpi_rank() == 0:
+    if world().rank == 0:
         medians = {name: statistics.median(found[1:]) for name, found in times.items()}
         print(json.dumps(medians), file=sys.stderr)
 

@@ -1,7 +1,8 @@
 import pytest
 import torch
+from runs import Run
 
-import vae_helpers
+import fused
 
 
 @pytest.fixture(autouse=True)
@@ -12,5 +13,21 @@ def _one_thread():
 
 @pytest.fixture(autouse=True)
 def _as_large(monkeypatch):
-    """Tiny networks compute as large ones do (test_speed.py has both ways)."""
-    monkeypatch.setattr(vae_helpers, "SMALL", 0)
+    """Tiny networks compute as large ones do (test_fused.py has both ways)."""
+    monkeypatch.setattr(fused, "SMALL", 0)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """finished(options): the folder of a run in one go, which all files share."""
+    folders = {}
+
+    def finished(options):
+        if tuple(options) not in folders:
+            folder = tmp_path_factory.mktemp("finished")
+            status, text = Run([*options, "--save_dir", folder], folder / "out").wait()
+            assert status == 0, text
+            folders[tuple(options)] = folder / "test"
+        return folders[tuple(options)]
+
+    return finished

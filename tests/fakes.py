@@ -1,14 +1,22 @@
-"""Data sets and checkpoint files that look like the real ones but hold next to nothing."""
+"""Data sets and checkpoint files that look like the real ones but hold next to nothing, opened."""
 
 import json
+import math
 import os
 import pickle
 
 import imageio.v3 as imageio
 import numpy as np
+import pytest
 import torch
+from golden import weight
+from PIL import Image
 
-from hps import get_hparams
+from checkpoints import write_checkpoint
+from data import set_up_data
+from errors import UserError
+from hps import Hyperparams, add_vae_arguments, get_hparams, parse_args_and_update_hparams
+from options import OneLineParser, add_own_options
 from vae import VAE
 
 
@@ -31,12 +39,16 @@ def write_cifar10(root):
         (folder / name).write_bytes(pickle.dumps(batch, protocol=2))
 
 
-def write_sparse_npy(path, shape):
-    """A uint8 .npy file of black images that takes no room on the disk."""
+def sparse_npy(path, shape, images=None, descr="|u1"):
+    """A .npy file of that shape that takes no room: zeros, but for {number: image}."""
     with open(path, "wb") as file:
-        header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
-        file.truncate(file.tell() + int(np.prod(shape)))
+        start, size = file.tell(), math.prod(shape[1:])
+        for i, image in (images or {}).items():
+            file.seek(start + i * size)
+            file.write(image.tobytes())
+        file.truncate(start + math.prod(shape) * np.dtype(descr).itemsize)
 
 
 def write_ffhq1024(folder):
@@ -61,14 +73,14 @@ def write_data(preset, root):
         for i, photo in enumerate(noise):
             imageio.imwrite(root / "photos" / f"{i}.jpg", photo)
     elif preset == "imagenet32_box":
-        write_sparse_npy(root / f"{preset}-train.npy", (1_281_167, 32, 32, 3))
-        write_sparse_npy(root / f"{preset}-valid.npy", (50_000, 32, 32, 3))
+        sparse_npy(root / f"{preset}-train.npy", (1_281_167, 32, 32, 3))
+        sparse_npy(root / f"{preset}-valid.npy", (50_000, 32, 32, 3))
     elif preset in ("imagenet32", "imagenet64"):
         size = int(preset[-2:])
-        write_sparse_npy(root / f"{preset}-train.npy", (1_281_149, size, size, 3))
-        write_sparse_npy(root / f"{preset}-valid.npy", (49_999, size, size, 3))
+        sparse_npy(root / f"{preset}-train.npy", (1_281_149, size, size, 3))
+        sparse_npy(root / f"{preset}-valid.npy", (49_999, size, size, 3))
     elif preset == "ffhq256":
-        write_sparse_npy(root / "ffhq-256.npy", (70_000, 256, 256, 3))
+        sparse_npy(root / "ffhq-256.npy", (70_000, 256, 256, 3))
     elif preset == "ffhq1024":
         write_ffhq1024(root / "ffhq_images1024x1024")
 
@@ -92,3 +104,99 @@ def write_released(prefix, preset, step=1000):
     torch.save({"state": moments, "param_groups": [group]}, f"{prefix}-opt.th")
     with open(f"{prefix}-log.jsonl", "w") as file:
         print(json.dumps({"type": "train_loss", "step": step, "epoch": 3}), file=file)
+
+
+def write_sample_folder(folder):
+    """ema.th, weights of the preset digits; a.png and b.jpg, pictures of another size."""
+    state = {k: weight(k, v.shape) for k, v in VAE(get_hparams("digits")).state_dict().items()}
+    for name in state:  # so that another image makes another picture, not its noise alone
+        state[name] *= 2.8 if name.startswith("encoder.") else 2 if ".enc." in name else 1
+    torch.save(state, folder / "ema.th")
+    pixels = np.random.RandomState(0).randint(0, 256, (2, 20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels[0]).save(folder / "a.png")
+    Image.fromarray(pixels[1]).convert("L").save(folder / "b.jpg")
+    return folder
+
+
+def write_digits_run(folder):
+    """A run's folder whose weights have the shapes of the preset digits, but not its blocks."""
+    H = get_hparams("digits", dec_blocks="1x2,4m1,4x4,8m4,8x3", dataset="images", image_size=8)
+    H.update(hparam_sets="digits", image_mean=70.0, image_std=90.0, save_dir=str(folder.parent))
+    H.progress = {"step": 1}
+    vae = VAE(H)
+    folder.mkdir()
+    write_checkpoint(str(folder / "latest"), vae, vae, torch.optim.AdamW(vae.parameters()), H)
+    return folder
+
+
+class Hostile:
+    """A pickle of it makes a folder, `path`, when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+# ---- opened --------------------------------------------------------------------------------
+
+
+def parsed(*args):
+    """H of a command line."""
+    H = Hyperparams()
+    parser = add_vae_arguments(OneLineParser())
+    add_own_options(parser)
+    parse_args_and_update_hparams(H, parser, args)
+    return H
+
+
+def run_H(data_root, dataset, **options):
+    """H as train.py has it, on the CPU, without a run's folder."""
+    s = ["--hps", "digits", "--dataset", dataset, "--data_root", str(data_root), "--device", "cpu"]
+    for name, value in options.items():
+        s += [f"--{name}", str(value)]
+    return parsed(*s)
+
+
+def own_H(root, size=16, run=None, **options):
+    """H for own images, in the run's folder `run` where one is given."""
+    H = run_H(root, "images", **options, **({"image_size": size} if size else {}))
+    if run:
+        run.mkdir(exist_ok=True)
+        H.logdir = str(run / "log")
+    return H
+
+
+def open_all(H):
+    """(train, valid, test) of H.dataset, through the public door."""
+    _, train, valid, _ = set_up_data(H)
+    H.test_eval = True
+    return train, valid, set_up_data(H)[2]
+
+
+def noise(n, size, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (n, size, size, 3), dtype=np.uint8)
+
+
+def images_of(dataset, numbers):
+    return np.stack([dataset[i][0].numpy() for i in numbers])
+
+
+def arr_0(path="out.npz"):
+    with np.load(path) as file:
+        assert list(file) == ["arr_0"]
+        return file["arr_0"]
+
+
+def nearly_equal(a, b):
+    """Equal but for what the rounding of another batch size does."""
+    return a.shape == b.shape and (a != b).mean() < 0.01
+
+
+def assert_refused(action, *words):
+    with pytest.raises(UserError) as error:
+        action()
+    assert "\n" not in str(error.value)
+    for word in words:
+        assert str(word) in str(error.value)

@@ -32,13 +32,13 @@ class Fault:
         def wrapped(H, x, target, vae, ema_vae, optimizer, iterate):
             hooks = []
             kind = self.kinds.get(next(calls))
-            if kind and train.mpi_rank() == self.rank:
+            if kind and train.world().rank == self.rank:
                 hooks = self.strike(kind, x, target, vae)
             stats = original(H, x, target, vae, ema_vae, optimizer, iterate)
             for hook in hooks:
                 hook.remove()
             if "HASHES" in os.environ:
-                self.write_hash(vae, ema_vae, optimizer, train.mpi_rank())
+                self.write_hash(vae, ema_vae, optimizer, train.world().rank)
             return stats
 
         train.training_step = wrapped

@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hps import Hyperparams, target_bits
+from hps import Hyperparams
+from image_sets import target_bits
+from noise import image_generators
 from vae import VAE
 
 FOLDER = Path(__file__).parent / "golden"
@@ -42,6 +44,11 @@ def inputs(H, n, seed):
         torch.from_numpy(a.astype(np.float32))
         for a in ((img - 120.63838) / 64.16736, (levels - 127.5) / 127.5)
     )
+
+
+def generators(n, *key):
+    """The images' own generators of noise, for a batch of n."""
+    return image_generators(range(n), *key)
 
 
 def model(name):

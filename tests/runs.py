@@ -1,4 +1,4 @@
-"""Small training runs in processes of their own, and what they leave on the disk."""
+"""Training runs and commands in processes of their own, and what they leave on the disk."""
 
 import contextlib
 import hashlib
@@ -6,6 +6,8 @@ import itertools
 import json
 import multiprocessing
 import os
+import shlex
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +23,24 @@ SMALL = (
     "--iters_per_print 5 --iters_per_images 1000 --num_images_visualize 1 "
     "--num_variables_visualize 1 --num_temperatures_visualize 1"
 ).split()
-ENV = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+# The same with saves on the way, to be taken up again.
+SAVING = [*SMALL, "--iters_per_save", "4", "--iters_per_ckpt", "10", "--resume"]
+# A network of three blocks, for several processes; 43 steps of 32 images an epoch in one.
+TINY = (
+    "--hps digits --num_epochs 1 --width 8 --zdim 2 --num_mixtures 2 --iters_per_print 10 "
+    "--enc_blocks 8x1,8d2,4d4,1x1 --dec_blocks 1x1,4m1,8m4 --num_variables_visualize 1"
+).split()
+
+
+def environment(**extra):
+    """This one's, one thread a process, without variables of launchers or of `make test`."""
+    launchers = ("OMPI_", "PMI", "SLURM_", "TORCHELASTIC_", "RANK", "WORLD_SIZE", "LOCAL_RANK")
+    others = (*launchers, "MAKE", "MFLAGS")
+    env = {k: v for k, v in os.environ.items() if not k.startswith(others)}
+    return env | {"OMP_NUM_THREADS": "1"} | extra
+
+
+ENV = environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["runs", "train", "sklearn.model_selection", "sklearn.datasets"])
@@ -152,6 +171,82 @@ def command(argv, launcher=(), **options):
     )
 
 
+def run_until(argv, env, cwd, text, end=signal.SIGINT):
+    """Starts a command, waits for a line of its output that holds `text`, ends it: the lines."""
+    process = subprocess.Popen(
+        argv, cwd=cwd, env=env, text=True, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if text in line:
+            break
+    else:
+        raise AssertionError("".join(lines))
+    process.send_signal(end)
+    try:
+        process.communicate(timeout=30)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+    return lines
+
+
+def launch(launcher, n, args, cwd, port):
+    """The finished n processes of train.py: a list of CompletedProcess, one for all or one each."""
+    script = [str(ROOT / "train.py"), *args]
+    if launcher == "slurm":
+        script = [sys.executable, *script, "--port", str(port)]
+        step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(n), "SLURM_STEP_NODELIST": "",
+                "SLURM_STEP_TASKS_PER_NODE": str(n), "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
+        tasks = [
+            subprocess.Popen(
+                script,
+                cwd=cwd,
+                env=environment(**step, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)),
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for i in range(n)
+        ]
+        outputs = [task.communicate(timeout=120) for task in tasks]
+        return [
+            subprocess.CompletedProcess(script, task.returncode, *output)
+            for task, output in zip(tasks, outputs, strict=True)
+        ]
+    if launcher == "mpiexec":
+        command = [BIN / "mpiexec", "-n", str(n), sys.executable, *script, "--port", str(port)]
+    else:
+        command = [BIN / "torchrun", f"--nproc_per_node={n}", f"--master_port={port}", *script]
+    done = subprocess.run(
+        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120
+    )
+    return [done]
+
+
+def sample_in(source, folder, monkeypatch):
+    """run("samples --n 4"): sample.py in this process and a folder, with the files of `source`."""
+    import sample
+
+    monkeypatch.chdir(folder)
+    for path in source.iterdir():
+        (folder / path.name).symlink_to(path)
+
+    def run(line, weights="ema.th"):
+        argv = ["sample.py", "--restore_ema_path", weights, "--device", "cpu", *shlex.split(line)]
+        monkeypatch.setattr(sys, "argv", argv)
+        sample.main()
+
+    return run
+
+
+def log_of(folder):
+    """The log's lines as dicts, every one whole."""
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
 def events(folder):
     """The log's lines as dicts; one that a kill cut short is passed over."""
     found = []
@@ -190,3 +285,11 @@ def check_latest(folder):
     for name, digest in hashes(folder).items():
         assert state["sha256"][name] == digest, f"{name} is of another set"
     return state["step"]
+
+
+def assert_same(folder, whole):
+    """That a run in pieces left what the run in one go did."""
+    assert hashes(folder) == hashes(whole)
+    assert figures(folder) == figures(whole)
+    for n in (10, 20, 30):
+        assert hashes(folder, f"iter-{n}") == hashes(whole, f"iter-{n}")

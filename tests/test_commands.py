@@ -1,4 +1,7 @@
-"""Every command of the README, run as it stands there but with tiny numbers and fake data."""
+"""Commands that launch, train, restore, measure: as the pages have them, with tiny numbers.
+
+Those that use a trained model are in test_docs.py.
+"""
 
 import json
 import re
@@ -13,34 +16,47 @@ import imageio.v3 as imageio
 import pytest
 import test_setup_scripts
 from fakes import tiny_network, write_data, write_released
-from test_processes import BIN, REPO, environment, free_port
+from pages import COMMANDS, FIRST, PAGES, commands, is_use
+from runs import BIN, ROOT, environment, free_port, run_until
 
 from hps import get_hparams
 
-README = (REPO / "README.md").read_text()
-BLOCKS = re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
-COMMANDS = [
-    line for block in BLOCKS for line in block.splitlines() if line and not line.startswith("#")
-]
-
-
-# Those that use a trained digits model are tested in test_readme_use.py.
-USES = ("sample.py ", "plot.py ", "--dry_run", "--tensorboard", "--iw_samples")
-USING = [c for c in COMMANDS if any(use in c for use in USES)]
+USING = [c for c in COMMANDS if is_use(c)]  # in test_docs.py
 TRAINING = [
     c for c in COMMANDS if "train.py --hps" in c and "--test_eval" not in c and c not in USING
 ]
 RESTORING = [c for c in COMMANDS if "--test_eval" in c and c not in USING]
-
-
 BENCHMARKS = [c for c in COMMANDS if c.startswith("python benchmarks/")]
 
 
 def test_every_command_has_a_test():
-    elsewhere = {"make demo", "make test"}  # below, and what runs this file
+    elsewhere = set(FIRST)  # below, what all tests run in, and what runs this file
     scripts = {f"./{name}" for name in test_setup_scripts.SCRIPTS}
     for command in set(COMMANDS) - {*TRAINING, *RESTORING, *BENCHMARKS, *USING} - elsewhere:
         assert command.split()[0] in scripts, f"{command!r} is not tested"
+    for kind in (TRAINING, RESTORING, BENCHMARKS, USING):
+        assert len(kind) > 5  # the pages are read
+
+
+def test_every_training_has_its_own_folder():
+    """No command takes up another's run, unless it says so (--resume), whatever the page."""
+    folders = ["digits"]  # make demo's
+    for command in COMMANDS:
+        trains = "train.py --hps" in command and "--test_eval" not in command
+        if trains and "--dry_run" not in command:
+            words = command.split()
+            desc = words[words.index("--desc") + 1]
+            assert desc not in folders or "--resume" in words, command
+            folders.append(desc)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_weights_are_those_of_a_training_before_on_the_page(page):
+    known = {"digits"}
+    for command in commands(PAGES[page]):
+        for folder in re.findall(r"saved_models/([\w-]+)", command):
+            assert folder in known, command
+        known.update(re.findall(r"--desc ([\w-]+)", command))
 
 
 @pytest.fixture(scope="module")
@@ -77,37 +93,15 @@ def tiny(command, data_of, tmp_path):
         words = words[3:]
         env |= {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
     words = [sys.executable if word == "python" else word for word in words]
-    words = [str(REPO / word) if word == "train.py" else word for word in words]
+    words = [str(ROOT / word) if word == "train.py" else word for word in words]
     return words, env, cwd
-
-
-def run_until(argv, env, cwd, text):
-    """Starts a command, waits for a line of its output that holds `text`, kills it: the lines."""
-    process = subprocess.Popen(
-        argv, cwd=cwd, env=env, text=True, start_new_session=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-    )  # fmt: skip
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if text in line:
-            break
-    else:
-        raise AssertionError("".join(lines))
-    process.send_signal(signal.SIGINT)
-    try:
-        process.communicate(timeout=30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.communicate()
-    return lines
 
 
 @pytest.mark.parametrize("command", TRAINING)
 def test_training(command, data_of, tmp_path):
     lines = run_until(*tiny(command, data_of, tmp_path), "type: train_loss")
     processes = 2 if "mpiexec" in command or "torchrun" in command else 1
-    assert any(f"key: mpi_size, value: {processes}" in line for line in lines)
+    assert any(f"x {processes} processes" in line for line in lines)
     assert "step: 1," in lines[-1] and "bits_per_dim: " in lines[-1]
 
 
@@ -133,9 +127,28 @@ def test_restoring(command, data_of, tmp_path):
             assert any(f"restoring {what} from {prefix}" in line for line in lines)
 
 
+STARTED = {  # what a benchmark says once it has understood its options
+    "bench.py": "own in ",
+    "growth.py": "what grows",
+    "loading.py": '"measure": "memory"',
+    "step.py": "parallel_efficiency",
+}
+
+
+@pytest.mark.parametrize("command", BENCHMARKS)
+def test_benchmark_starts(command, tmp_path):
+    """Its options are understood; what it measures is tested below and in test_benchmarks.py."""
+    python, script, *options = shlex.split(command)
+    if script.endswith("step.py"):  # it tells its figures together, at the end
+        options += "--preset photos32 --batch 2 --steps 1 --rounds 1".split()
+    argv = [sys.executable, str(ROOT / script), *options]
+    env = environment(PYTHONUNBUFFERED="1", TMPDIR=str(tmp_path))
+    run_until(argv, env, tmp_path, STARTED[Path(script).name], end=signal.SIGKILL)
+
+
 def test_benchmark_of_loading():
-    """One of its measures; it prints the figures of the README's table as JSON."""
-    argv = [sys.executable, REPO / "benchmarks" / "loading.py", "folder"]
+    """One of its measures; it prints the figures of the table in docs/data.md as JSON."""
+    argv = [sys.executable, ROOT / "benchmarks" / "loading.py", "folder"]
     done = subprocess.run(argv, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout.splitlines()[-1])
@@ -147,12 +160,12 @@ def test_make_demo(tmp_path):
     """The first command, for one epoch; its last line names the picture."""
     done = subprocess.run(
         ["make", "demo", f"SAVE={tmp_path}", "FLAGS=--num_epochs 1"],
-        cwd=REPO, env=environment(), capture_output=True, text=True,
+        cwd=ROOT, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert "type: test_loss" in lines[-2] and "n_images: 200" in lines[-2]
-    picture = imageio.imread(REPO / lines[-1].removeprefix("samples: "))
+    picture = imageio.imread(ROOT / lines[-1].removeprefix("samples: "))
     # Eight columns of 32 pixels and ten rows: originals, six by latents, three of samples.
     assert picture.shape == (10 * 34 + 2, 8 * 34 + 2, 3)
 
@@ -162,7 +175,7 @@ def digits(tmp_path_factory):
     """The folder of a run of two epochs on the digits, and what it printed."""
     cwd = tmp_path_factory.mktemp("digits")
     argv = [
-        sys.executable, REPO / "train.py", "--hps", "digits", *tiny_network(8), "--num_epochs=2",
+        sys.executable, ROOT / "train.py", "--hps", "digits", *tiny_network(8), "--num_epochs=2",
         "--epochs_per_eval=1", "--iters_per_print=5", "--iters_per_save=20",
         "--iters_per_ckpt=50", "--iters_per_images=30",
     ]  # fmt: skip
@@ -178,7 +191,9 @@ def test_what_a_run_leaves(digits):
     suffixes = ("model.th", "model-ema.th", "opt.th", "log.jsonl")
     assert {f"{p}-{s}" for p in ("latest", "iter-50") for s in suffixes} <= names
     assert {f"samples-{i}.png" for i in (1, 8, 16, 30, 32, 60, 64, 86)} <= names
-    assert (run / "log.txt").read_text() == done.stdout
+    log = (run / "log.txt").read_text().splitlines()
+    hparams = [line for line in log if "type: hparam" in line]  # to the files alone
+    assert len(hparams) > 60 and done.stdout.splitlines() == [x for x in log if x not in hparams]
 
 
 def test_what_a_run_logs(digits):
@@ -215,7 +230,7 @@ def test_errors_of_a_command_are_one_line(tmp_path):
         (["--hps", "digits", "--test_eval"], "--restore_ema_path"),
     ]
     for args, word in cases:
-        argv = [sys.executable, REPO / "train.py", *args]
+        argv = [sys.executable, ROOT / "train.py", *args]
         done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True)
         assert done.returncode == 2, done.stderr
         assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
@@ -240,13 +255,13 @@ def test_options_complete_by_tab(line, options, tmp_path):
     answer = tmp_path / "answer"
     asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "IFS": " "}
     asked |= {"_ARGCOMPLETE_IFS": " ", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
-    argv = [sys.executable, REPO / line.split()[0]]
+    argv = [sys.executable, ROOT / line.split()[0]]
     subprocess.run(argv, env=environment(**asked), cwd=tmp_path, timeout=60)
     assert answer.read_text().split() == options
 
 
 def test_help_names_every_option(tmp_path):
-    argv = [sys.executable, REPO / "train.py", "--help"]
+    argv = [sys.executable, ROOT / "train.py", "--help"]
     done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0 and "--skip_threshold" in done.stdout
     assert not list(Path(tmp_path).iterdir())

@@ -7,16 +7,16 @@ import subprocess
 import sys
 import tarfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+from runs import ROOT
 
+from errors import UserError
 from files_to_npy import files_to_npy
-from hps import UserError
 
-SCRIPT = Path(__file__).resolve().parent.parent / "files_to_npy.py"
+SCRIPT = ROOT / "files_to_npy.py"
 
 
 def png(pixels, mode=None):

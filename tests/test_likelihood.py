@@ -1,14 +1,17 @@
-"""The likelihood and the Gaussians against the original's figures, and against their meaning."""
+"""The mixture's loss, samples and mean: the original's figures, their meaning, their memory."""
 
+import bench
 import numpy as np
 import pytest
 import torch
-from golden import figures
+from golden import figures, generators, model
+from hypothesis import given
+from hypothesis import strategies as st
+from reference import plain_mixture_loss
 
-from vae_helpers import (
+from likelihood import (
     discretized_mix_logistic_loss,
-    draw_gaussian_diag_samples,
-    gaussian_analytical_kl,
+    mean_of_discretized_mix_logistic,
     sample_from_discretized_mix_logistic,
 )
 
@@ -42,17 +45,23 @@ def test_mixture(K, low_bit):
     assert sample[-1, -1, -1].tolist() == pytest.approx(expected["sample_seed9_last"], rel=1e-5)
 
 
-def test_gaussians():
-    expected = figures("likelihood")
-    mu1, mu2, logsigma1, logsigma2 = (
-        torch.from_numpy(np.random.RandomState(seed).standard_normal(5).astype(np.float32))
-        for seed in (20, 21, 22, 23)
-    )
-    kl = gaussian_analytical_kl(mu1, mu2, logsigma1, logsigma2)
-    assert kl.tolist() == pytest.approx(expected["gaussian_kl"]["kl"], rel=1e-5)
-    torch.manual_seed(21)
-    sample = draw_gaussian_diag_samples(mu1, logsigma1)
-    assert sample.tolist() == pytest.approx(expected["gaussian_sample_seed21"], rel=1e-5)
+@torch.no_grad()
+@pytest.mark.parametrize("spread", [0.3, 3])  # hardly any level is clipped, and many are
+def test_the_mean_of_the_mixture_is_the_mean_of_its_samples(spread):
+    torch.manual_seed(0)
+    l = spread * torch.randn(1, 2, 2, 30)
+    l[..., 3:].view(1, 2, 2, 3, 9)[..., 3:6] = -4  # logistics of scale e^-4
+    mean = mean_of_discretized_mix_logistic(l, 3)
+    n = 20_000
+    sampled = sample_from_discretized_mix_logistic(l.expand(n, -1, -1, -1), 3)
+    # Levels between -1 and 1: three standard errors of their mean are at most 0.021.
+    assert torch.allclose(sampled.mean(dim=0), mean[0], atol=0.021)
+    H, net = model("tiny")
+    a, b = (net.forward_uncond_samples(2, 0, generators(2, k), mean=True) for k in (1, 2))
+    assert np.array_equal(a, b)  # no noise at all
+
+
+# ---- probabilities ---------------------------------------------------------------------------
 
 
 def _mass(l, channel, levels, low_bit=False):
@@ -96,6 +105,32 @@ def test_a_wide_component_loses_mass_above_the_highest_of_the_32_levels():
     assert _mass(l, 0, torch.arange(0, 256.0, 8), low_bit=True) < 0.7
 
 
+parameters = st.floats(-4, 4, width=32)
+
+
+@given(
+    mean=st.floats(-1.5, 1.5, width=32),
+    log_scale=st.floats(-8, 2, width=32),
+    logit=parameters,
+    channel=st.integers(0, 2),
+)
+def test_the_probabilities_of_all_levels_sum_to_one(mean, log_scale, logit, channel):
+    """Of one sub-pixel in two components, the other two being certain to have level 0."""
+    l = torch.zeros(256, 1, 1, 20)
+    rest = l[..., 2:].view(256, 1, 1, 3, 6)
+    rest[..., 0:2], rest[..., 2:4] = -9.0, -7.0  # mean, log scale: level 0, certainly
+    rest[..., channel, 0:2] = torch.tensor([mean, -mean / 2])
+    rest[..., channel, 2:4] = torch.tensor([log_scale, -1.0])
+    l[..., 0] = logit
+    levels = torch.zeros(256, 1, 1, 3)
+    levels[..., channel] = torch.arange(256.0)[:, None, None]
+    nats = discretized_mix_logistic_loss((levels - 127.5) / 127.5, l) * 3
+    assert torch.exp(-nats.double()).sum().item() == pytest.approx(1, abs=2e-3)
+
+
+# ---- extremes --------------------------------------------------------------------------------
+
+
 def test_extreme_parameters_have_finite_gradients():
     for scale in (1e1, 1e3, 1e6, 1e18):
         l = scale * torch.randn(2, 4, 4, 30, generator=torch.Generator().manual_seed(0))
@@ -103,3 +138,57 @@ def test_extreme_parameters_have_finite_gradients():
         x = torch.linspace(-1, 1, 96).view(2, 4, 4, 3)
         (gradient,) = torch.autograd.grad(discretized_mix_logistic_loss(x, l).sum(), l)
         assert gradient.isfinite().all(), scale
+
+
+extreme = st.floats(width=32, allow_nan=False, allow_infinity=False) | st.sampled_from(
+    [3.4028234663852886e38, -3.4028234663852886e38, 1e-45, 0.0, -0.0]
+)
+
+
+@given(st.lists(extreme, min_size=20, max_size=20), st.integers(0, 255), st.booleans())
+def test_the_likelihood_is_finite_for_any_finite_parameters(values, level, low_bit):
+    l = torch.tensor(values).reshape(1, 1, 1, 20).requires_grad_()
+    x = torch.full((1, 1, 1, 3), (level - 127.5) / 127.5)
+    loss = discretized_mix_logistic_loss(x, l, low_bit)
+    loss.sum().backward()
+    assert loss.isfinite().all() and l.grad.isfinite().all()
+
+
+# ---- computed in parts -----------------------------------------------------------------------
+
+
+def image_and_mixture(size, dtype=torch.float32):
+    torch.manual_seed(0)
+    x = torch.randint(0, 256, (1, size, size, 3), dtype=dtype) / 127.5 - 1
+    return x, torch.randn(1, size, size, 100, dtype=dtype).requires_grad_()
+
+
+def test_memory_of_the_mixtures_loss():
+    x, l = image_and_mixture(128)
+    n_bytes = 4 * (x.numel() + l.numel())
+
+    def peak(loss):
+        l.grad = None
+        return bench.peak_bytes("cpu", lambda: loss(x, l, False).sum().backward()) / n_bytes
+
+    assert peak(discretized_mix_logistic_loss) < 3 < peak(plain_mixture_loss)
+
+
+@pytest.mark.parametrize("low_bit", [False, True])
+def test_the_mixtures_loss_in_parts_is_the_loss(low_bit):
+    x, l = image_and_mixture(9, torch.float64)  # 81 pixels are no multiple of the number of parts
+    x.requires_grad_()
+    weight = torch.tensor([3.0])
+    losses = [f(x, l, low_bit) for f in (discretized_mix_logistic_loss, plain_mixture_loss)]
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=1e-12)
+    for own, plain in zip(
+        *(torch.autograd.grad((weight * loss).sum(), (x, l)) for loss in losses), strict=True
+    ):
+        assert torch.allclose(own, plain, rtol=1e-9, atol=1e-12)
+
+
+def test_the_mixtures_loss_where_no_gradient_is_wanted():
+    x, l = image_and_mixture(3)
+    loss = discretized_mix_logistic_loss(x, l)
+    with torch.inference_mode():  # of a leaf that wants a gradient elsewhere
+        assert torch.equal(discretized_mix_logistic_loss(x, l), loss)

@@ -8,10 +8,10 @@ import time
 import imageio.v3 as imageio
 import numpy as np
 import pytest
-from test_processes import REPO, environment
+from runs import ROOT, environment
 
 import plot
-from hps import UserError
+from errors import UserError
 
 
 def write_log(path, events, start=1.8e9):
@@ -32,7 +32,7 @@ def test_command(tmp_path):
     (tmp_path / "a").mkdir()
     write_log(tmp_path / "a" / "log.jsonl", steps(range(100, 2000, 100), skip_rate=0.05))
     write_log(tmp_path / "b.jsonl", steps(range(100, 1500, 100), elbo=2.5))
-    argv = [sys.executable, REPO / "plot.py", "a", "b.jsonl", "--out", "c"]  # .png is added
+    argv = [sys.executable, ROOT / "plot.py", "a", "b.jsonl", "--out", "c"]  # .png is added
     done = subprocess.run(argv, cwd=tmp_path, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
     assert done.stdout == "c.png: a, b.jsonl\n"

@@ -121,15 +121,15 @@ def test_what_is_not_finite_on_one_rank_reaches_no_weight_on_any(size, kinds, tm
 
 
 def _packs_slowly():
-    import data
+    import own_images
 
-    original = data.pack_images
+    original = own_images.pack_images
 
     def wrapped(*args):
         time.sleep(TIMEOUT + 3)
         return original(*args)
 
-    data.pack_images = wrapped
+    own_images.pack_images = wrapped
 
 
 @pytest.mark.slow

@@ -1,65 +1,29 @@
-"""sample.py: its commands as a user runs them, in a process of their own where that matters."""
+"""sample.py: its commands as a user runs them."""
 
-import fcntl
 import json
-import shlex
-import signal
-import subprocess
-import sys
-import time
 
 import numpy as np
 import pytest
 import torch
-from golden import weight
-from PIL import Image
-from test_processes import REPO, environment
+from fakes import arr_0, nearly_equal, write_digits_run, write_sample_folder
+from runs import sample_in
 
-import sample
-from data import preprocess
-from hps import UserError, get_hparams
-from train_helpers import load_model, save_run
+from errors import UserError
+from hps import get_hparams
 from vae import VAE
+from weights import load_model
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """ema.th, the weights of the preset digits; a.png and b.jpg, pictures of another size."""
-    folder = tmp_path_factory.mktemp("sample")
-    state = {k: weight(k, v.shape) for k, v in VAE(get_hparams("digits")).state_dict().items()}
-    for name in state:  # so that another image makes another picture, not its noise alone
-        state[name] *= 2.8 if name.startswith("encoder.") else 2 if ".enc." in name else 1
-    torch.save(state, folder / "ema.th")
-    pixels = np.random.RandomState(0).randint(0, 256, (2, 20, 30, 3), dtype=np.uint8)
-    Image.fromarray(pixels[0]).save(folder / "a.png")
-    Image.fromarray(pixels[1]).convert("L").save(folder / "b.jpg")
-    return folder
+    return write_sample_folder(tmp_path_factory.mktemp("sample"))
 
 
 @pytest.fixture
 def run(folder, tmp_path, monkeypatch):
     """run("samples --n 4"): sample.py in this process, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    for name in ("ema.th", "a.png", "b.jpg"):
-        (tmp_path / name).symlink_to(folder / name)
-
-    def run(line, weights="ema.th"):
-        argv = ["sample.py", "--restore_ema_path", weights, "--device", "cpu", *shlex.split(line)]
-        monkeypatch.setattr(sys, "argv", argv)
-        sample.main()
-
-    return run
-
-
-def arr_0(path="out.npz"):
-    with np.load(path) as file:
-        assert list(file) == ["arr_0"]
-        return file["arr_0"]
-
-
-def nearly_equal(a, b):
-    """Equal but for what the rounding of another batch size does."""
-    return a.shape == b.shape and (a != b).mean() < 0.01
+    return sample_in(folder, tmp_path, monkeypatch)
 
 
 def test_samples_belong_to_their_index(run):
@@ -79,82 +43,6 @@ def test_samples_belong_to_their_index(run):
     )
 
 
-def test_folder_of_pngs(run, tmp_path):
-    run("samples --n 5 --out a.npz")
-    run("samples --n 3 --out pngs --n_batch 2")
-    assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == [
-        "000000.png", "000001.png", "000002.png", "settings.json",
-    ]  # fmt: skip
-    run("samples --n 5 --out pngs --n_batch 2")  # more of them
-    pngs = np.stack([np.asarray(Image.open(f"pngs/{i:06}.png")) for i in range(5)])
-    assert nearly_equal(pngs, arr_0("a.npz"))
-    (tmp_path / "pngs" / "000001.png.partial").touch()  # of a kill
-    run("samples --n 2 --out pngs --n_batch 2")  # fewer
-    assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == [
-        "000000.png", "000001.png", "settings.json",
-    ]  # fmt: skip
-    with pytest.raises(UserError, match="seed 0, not 1"):
-        run("samples --n 5 --out pngs --seed 1")
-    torch.save(VAE(get_hparams("digits")).state_dict(), tmp_path / "other.th")
-    with pytest.raises(UserError, match="made with weights [0-9a-f]{64}, not [0-9a-f]{64}"):
-        run("samples --n 5 --out pngs", weights="other.th")
-    run("samples --n 5 --out pngs --seed 1 --force")
-    assert np.asarray(Image.open("pngs/000000.png")).tolist() != pngs[0].tolist()
-
-
-def test_force_removes_nothing_of_others(run, tmp_path):
-    """A settings.json may be another program's, and other files may lie beside our own."""
-    (tmp_path / "project").mkdir()
-    (tmp_path / "project" / "settings.json").write_text("{}")
-    with pytest.raises(UserError, match="holds other files"):
-        run("samples --n 1 --out project --force")
-    assert (tmp_path / "project" / "settings.json").read_text() == "{}"
-    run("samples --n 2 --out pngs")
-    (tmp_path / "pngs" / "notes.txt").write_text("mine")
-    run("samples --n 1 --out pngs --seed 1 --force")
-    assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == [
-        "000000.png", "notes.txt", "settings.json",
-    ]  # fmt: skip
-
-
-def test_what_a_kill_or_another_program_has_left(run, tmp_path):
-    (tmp_path / "pngs").mkdir()
-    (tmp_path / "pngs" / "settings.json.partial").write_text('{"wei')
-    run("samples --n 1 --out pngs")
-    assert {p.name for p in (tmp_path / "pngs").iterdir()} == {"000000.png", "settings.json"}
-    for content in (b"", b"[]", b'{"weights": "1', b"\xff"):
-        (tmp_path / "pngs" / "settings.json").write_bytes(content)
-        (tmp_path / "a.npz.part.json").write_bytes(content)
-        for out, file in (("pngs", "pngs/settings.json"), ("a.npz", "a.npz.part.json")):
-            with pytest.raises(UserError, match=f"{file} does not tell.*name another --out"):
-                run(f"samples --n 1 --out {out}")
-            assert (tmp_path / file).read_bytes() == content
-    (tmp_path / "a.npz.part.json").unlink()
-    (tmp_path / "a.npz.part").write_text("another program's")
-    with pytest.raises(UserError, match="a.npz.part is there without a.npz.part.json"):
-        run("samples --n 1 --out a.npz")
-    assert (tmp_path / "a.npz.part").read_text() == "another program's"
-    (tmp_path / "a.png.partial").write_text("half a picture")
-    run("samples --n 1 --out a.png --force")
-    assert not (tmp_path / "a.png.partial").exists()
-
-
-def test_the_place_is_tried_before_anything_is_made(run, tmp_path, monkeypatch):
-    """And a grid, unlike an .npz or a folder, begins anew: its message promises nothing else."""
-    for name in ("forward_samples_set_latents", "forward_get_latents"):
-        monkeypatch.setattr(VAE, name, lambda *args: pytest.fail("made before the door"))
-    (tmp_path / "taken.png").touch()
-    for line in ("samples", "reconstruct a.png", "progressive", "progressive a.png"):
-        for out, words in (("no/such/g.png", "No such file.*--out$"), ("taken.png", "exists")):
-            with pytest.raises(UserError, match=words):
-                run(f"{line} --out {out}")
-    for out in ("no/such/a.npz", "a.png/folder"):
-        with pytest.raises(UserError, match="can't be written.*then goes on$"):
-            run(f"samples --out {out}")
-    with pytest.raises(UserError, match=r"No such file.*another --out$"):
-        run("encode a.png --out no/such/a.npz")
-
-
 def test_the_mean_of_the_mixture_has_no_noise_of_pixels(run):
     run("reconstruct a.png b.jpg --mean --out m1.npz")
     run("reconstruct a.png b.jpg --mean --out m2.npz")
@@ -164,54 +52,6 @@ def test_the_mean_of_the_mixture_has_no_noise_of_pixels(run):
     assert np.array_equal(arr_0("m1.npz"), arr_0("m2.npz"))
     assert np.array_equal(arr_0("m1.npz"), arr_0("m3.npz"))
     assert not nearly_equal(arr_0("m1.npz"), arr_0("s.npz"))
-
-
-def test_a_killed_run_goes_on_where_it_stopped(run, tmp_path):
-    """SIGKILL in the middle; then the same command, and the file is that of a run in one go."""
-    line = "samples --n 40 --n_batch 4 --out killed.npz"
-    argv = [sys.executable, REPO / "sample.py", "--restore_ema_path", "ema.th", *line.split()]
-    process = subprocess.Popen(argv, env=environment(), cwd=tmp_path)
-    part, deadline = tmp_path / "killed.npz.part", time.monotonic() + 60
-    while not (part.exists() and part.stat().st_size > 8 * 8 * 3 * 4):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = part.stat().st_size
-    assert not (tmp_path / "killed.npz").exists() and done < 40 * 8 * 8 * 3
-    part.write_bytes(part.read_bytes()[: 8 * 8 * 3 * 4] + b"in the middle of an image")
-    kept = part.read_bytes()[: 8 * 8 * 3 * 4]
-    settings = part.with_name("killed.npz.part.json").read_bytes()
-    with pytest.raises(UserError, match="temperature 1.0, not 0.5"):
-        run(f"{line} --temperature 0.5")
-    with_option = json.loads(settings) | {"dec_blocks": "1x2,4m1,8m4"}
-    part.with_name("killed.npz.part.json").write_text(json.dumps(with_option))
-    with pytest.raises(UserError, match="dec_blocks 1x2,4m1,8m4, not None"):
-        run(line)
-    part.with_name("killed.npz.part.json").write_bytes(settings)
-    with open(part, "rb") as other:
-        fcntl.flock(other, fcntl.LOCK_EX)
-        with pytest.raises(UserError, match="is being written by another process"):
-            run(line)
-    made, forward = [], VAE.forward_uncond_samples
-    VAE.forward_uncond_samples = lambda self, n, *args: made.append(n) or forward(self, n, *args)
-    try:
-        run(line)
-    finally:
-        VAE.forward_uncond_samples = forward
-    assert sum(made) == 36  # the first batch was there
-    run("samples --n 40 --n_batch 4 --out whole.npz")
-    assert (tmp_path / "killed.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
-    assert arr_0("killed.npz")[:4].tobytes() == kept
-    # A run that was to make more was killed.
-    part.write_bytes(arr_0("whole.npz").tobytes())
-    part.with_name("killed.npz.part.json").write_bytes(settings)
-    (tmp_path / "killed.npz").rename(tmp_path / "resumed.npz")
-    run("samples --n 30 --n_batch 4 --out killed.npz")
-    assert np.array_equal(arr_0("killed.npz"), arr_0("whole.npz")[:30])
-    size = (tmp_path / "whole.npz").stat().st_size - 10 * 8 * 8 * 3
-    assert (tmp_path / "killed.npz").stat().st_size == size
-    assert not list(tmp_path.glob("*part*"))
 
 
 def test_latents_of_other_weights_are_noted(run, tmp_path, capsys):
@@ -248,20 +88,6 @@ def test_encode_and_decode_are_reconstruct(run):
     assert not np.array_equal(arr_0("three_of_all.npz"), arr_0("d.npz"))
     with pytest.raises(UserError, match="z000 is .*8, 8.*1, 1"):
         run("decode wrong.npz --force")
-
-
-def test_pictures_are_their_middle_square(tmp_path):
-    """Of the model's own size it stays as it is; a smaller one is enlarged."""
-    pixels = np.random.RandomState(0).randint(0, 256, (8, 8, 3), dtype=np.uint8)
-    wide = np.concatenate([np.zeros_like(pixels), pixels, np.zeros_like(pixels)], axis=1)
-    for name, image in (("own", pixels), ("wide", wide), ("tall", wide.swapaxes(0, 1))):
-        Image.fromarray(image).save(tmp_path / f"{name}.png")
-    own, wide, tall = sample.read_images(
-        [tmp_path / f"{n}.png" for n in ("own", "wide", "tall")], 8
-    )
-    assert np.array_equal(own, pixels) and np.array_equal(wide, pixels)
-    assert np.array_equal(tall, pixels.swapaxes(0, 1))
-    assert sample.read_image(tmp_path / "own.png", 20).shape == (20, 20, 3)
 
 
 def test_keeping_up_to_a_resolution_is_keeping_its_layers(run):
@@ -308,44 +134,6 @@ def test_progressive_ends_at_the_image_itself(run, monkeypatch):
     assert np.array_equal(arr_0("p2.npz")[4:], arr_0("r.npz"))
     run("reconstruct a.png b.jpg --layers 2 --temperature 0.1 --mean --out r2.npz")
     assert np.array_equal(arr_0("p2.npz")[:2], arr_0("r2.npz"))
-
-
-def test_progressive_goes_on_with_the_same_columns_alone(run, monkeypatch, tmp_path):
-    """The place of an image depends on how many there are in a row."""
-    line, decoded, calls = "progressive --n_batch 2 --out p.npz", sample.decoded, []
-
-    def stopped(*args):
-        calls.append(1)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return decoded(*args)
-
-    monkeypatch.setattr(sample, "decoded", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        run(f"{line} --n 4")
-    with pytest.raises(UserError, match="columns 4, not 6"):
-        run(f"{line} --n 6")
-    run(f"{line} --n 4")
-    assert len(calls) == 3 + 4 and arr_0("p.npz").shape == (12, 8, 8, 3)
-
-
-@pytest.mark.parametrize(
-    "line, width, height",
-    [
-        ("samples --n 20 --out g.PNG", 8 * 132, 3 * 132),
-        ("samples --n 400 --out g.png", 20 * 68, 20 * 68),
-        ("reconstruct a.png b.jpg --out g.png", 2 * 132, 2 * 132),
-        ("interpolate a.png b.jpg --steps 3 --out g.png", 5 * 132, 132),
-        ("progressive a.png b.jpg --out g.png", 2 * 132, 4 * 132),
-    ],
-)
-def test_grids(run, line, width, height):
-    run(line)
-    picture = Image.open(line.split()[-1])
-    # Images of 8 pixels are enlarged to 128 or 64; beside and above them stand the words.
-    assert width < picture.width < width + 250 and height < picture.height < height + 50
-    pixels = np.asarray(picture)
-    assert (pixels[: picture.height - height] < 128).any()
 
 
 def test_errors_are_one_line(run, tmp_path):
@@ -397,97 +185,12 @@ def test_weights_of_no_preset(run, tmp_path):
     assert len(arr_0()) == 2
 
 
-def test_a_model_needs_no_data_no_mpi_no_argv(folder):
-    code = (
-        "import sys\n"
-        "for name in ('mpi4py', 'sklearn', 'apex', 'matplotlib'):\n"
-        "    sys.modules[name] = None\n"
-        "from train_helpers import load_model\n"
-        "model = load_model('ema.th')\n"
-        "assert model.H.hparam_sets == 'digits' and not model.training\n"
-        "assert not any(p.requires_grad for p in model.parameters())\n"
-    )
-    argv = [sys.executable, "-c", code, "--no_such_option"]
-    env = environment(PYTHONPATH=str(REPO))
-    done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-
-
-@pytest.fixture
-def other_run(tmp_path):
-    """A run's folder whose weights have the shapes of the preset digits, but not its blocks."""
-    H = get_hparams("digits", dec_blocks="1x2,4m1,4x4,8m4,8x3", dataset="images", image_size=8)
-    H.update(hparam_sets="digits", image_mean=70.0, image_std=90.0, save_dir=str(tmp_path))
-    vae, folder = VAE(H), tmp_path / "run"
-    folder.mkdir()
-    optimizer = torch.optim.AdamW(vae.parameters())
-    save_run(str(folder / "latest"), vae, vae, optimizer, H, {"step": 1})
-    return folder
-
-
-def test_a_network_is_what_its_run_has_recorded(other_run, tmp_path):
-    """The shapes alone would tell of the preset, and other pictures come of its order of blocks."""
-    (tmp_path / "link.th").symlink_to(other_run / "latest-model-ema.th")
-    paths = [other_run / "latest-model-ema.th", other_run / "latest-model.th"]
-    paths += [*other_run.glob("sets/0*/model-ema.th"), tmp_path / "link.th"]
-    assert len(paths) == 4
-    for path in paths:
-        H = load_model(str(path)).H
-        assert (H.dec_blocks, H.dataset) == ("1x2,4m1,4x4,8m4,8x3", "images")
-        assert (H.image_size, H.image_mean, H.image_std) == (8, 70.0, 90.0)
-        assert H.hparam_sets == "digits"
-    assert load_model(str(paths[0]), "digits").H.dec_blocks == get_hparams("digits").dec_blocks
-    # Away from its run nothing but the shapes is left.
-    alone = tmp_path / "latest-model-ema.th"
-    alone.write_bytes(paths[0].read_bytes())
-    assert load_model(str(alone)).H.dataset == "digits"
-
-
-def test_a_network_of_no_preset_has_a_name_in_titles(other_run, run):
+def test_a_network_of_no_preset_has_a_name_in_titles(run, tmp_path):
     """As a program may have saved it that made its hyperparameters by hand."""
-    state = other_run / "latest-state.json"
+    folder = write_digits_run(tmp_path / "run")
+    state = folder / "latest-state.json"
     content = json.loads(state.read_text())
     del content["hparams"]["hparam_sets"]
     state.write_text(json.dumps(content))
-    run("samples --n 1 --out g.png", weights=str(other_run / "latest-model-ema.th"))
-    assert load_model(str(other_run / "latest-model-ema.th")).H.hparam_sets == "own network"
-
-
-def test_own_images_are_normalized_as_images_json_says(other_run):
-    """Beside the weights it counts more than what the run has recorded, or the preset."""
-    (other_run / "images.json").write_text('{"mean": 100.0, "std": 50.0}')
-    images = np.full((1, 8, 8, 3), 125, np.uint8)
-    for hps in (None, get_hparams("digits", dataset="images", image_size=8)):
-        model = load_model(str(other_run / "latest-model-ema.th"), hps)
-        assert preprocess(images, model.H)[0].unique().tolist() == [0.5]
-    (other_run / "images.json").write_text('{"mean": 100.0}')
-    with pytest.raises(UserError, match="images.json lacks"):
-        load_model(str(other_run / "latest-model-ema.th"))
-
-
-def test_a_state_that_tells_of_no_network_is_refused(other_run):
-    path, state = other_run / "latest-model-ema.th", other_run / "latest-state.json"
-    whole = state.read_text()
-    hparams = json.loads(whole)["hparams"]
-    contents = [whole[:-20], "", "{}", "[1]", '{"hparams": 3}', b"\xff\x00"]
-    changes = [{"dataset": "mnist"}, {"width": "48"}, {"zdim": 1.5}, {"dec_blocks": "1x2,8q3"}]
-    contents += [json.dumps({"hparams": hparams | change}) for change in changes]
-    for content in contents:
-        state.write_bytes(content if isinstance(content, bytes) else content.encode())
-        with pytest.raises(UserError, match="latest-state.json does not tell .*--hps") as error:
-            load_model(str(path))
-        assert "\n" not in str(error.value)
-        assert load_model(str(path), "digits").H.dataset == "digits"
-    state.write_text(json.dumps({"hparams": hparams | {"zdim": 4}}))
-    words = "holds the digits model, not the one that the run beside it has recorded.*--hps digits"
-    with pytest.raises(UserError, match=words):
-        load_model(str(path))
-
-
-def test_load_model_takes_a_preset_or_hyperparameters(folder):
-    path = str(folder / "ema.th")
-    one, two = load_model(path, "digits", "cpu"), load_model(path, get_hparams("digits"))
-    assert all(map(torch.equal, one.parameters(), two.parameters()))
-    assert load_model(folder / "ema.th", device=torch.device("cpu")).H.device == "cpu"
-    with pytest.raises(UserError, match="digits"):
-        load_model(path, "photos32")
+    run("samples --n 1 --out g.png", weights=str(folder / "latest-model-ema.th"))
+    assert load_model(str(folder / "latest-model-ema.th")).H.hparam_sets == "own network"

@@ -7,7 +7,7 @@ import re
 
 import pytest
 import torch
-from test_commands import README
+from pages import README
 from test_setup_scripts import (  # noqa: F401  run, server, start: fixtures
     assert_done,
     assert_refused,

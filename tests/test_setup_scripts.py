@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from runs import ROOT
 
-REPO = Path(__file__).resolve().parent.parent
 SCRIPTS = ["setup_cifar10.sh", "setup_imagenet.sh", "setup_ffhq256.sh", "setup_ffhq1024.sh",
            "setup_checkpoints.sh"]  # fmt: skip
 
@@ -85,7 +85,7 @@ def start(tmp_path):
 
     def start(script, *args, cwd=tmp_path / "cwd", **variables):
         return subprocess.Popen(
-            [REPO / script, *map(str, args)],
+            [ROOT / script, *map(str, args)],
             cwd=cwd,
             env=base | {name: str(value) for name, value in variables.items()},
             stdout=subprocess.PIPE,
@@ -170,8 +170,8 @@ def test_python_is_chosen_and_checked(run, tmp_path):
 
     copy = tmp_path / "copy"
     (copy / ".venv" / "bin").mkdir(parents=True)
-    for name in ("setup_common.sh", "setup_ffhq1024.sh", "data.py", "hps.py", "utils.py"):
-        shutil.copy(REPO / name, copy)
+    for path in (ROOT / "setup_common.sh", ROOT / "setup_ffhq1024.sh", *ROOT.glob("*.py")):
+        shutil.copy(path, copy)
     (copy / ".venv" / "bin" / "python").write_text(
         f'#!/bin/sh\ntouch used\n"{sys.executable}" "$@"\n'
     )

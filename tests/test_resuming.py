@@ -1,60 +1,37 @@
 """A run that is stopped, killed and taken up again is the run that never was, bit for bit."""
 
 import json
+import math
 import os
 import random
 import signal
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from runs import SMALL, Run, Signal, check_latest, command, events, figures, hashes, start
+from runs import (
+    SAVING,
+    Run,
+    Signal,
+    assert_same,
+    check_latest,
+    command,
+    events,
+    figures,
+    hashes,
+    start,
+)
 
-RUN = [*SMALL, "--iters_per_save", "4", "--iters_per_ckpt", "10", "--resume"]
-STEPS = 39
+from errors import UserError
+from train_helpers import restore_log
+
+RUN = SAVING
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(finished):
     """The folder of a run without a break."""
-    folder = tmp_path_factory.mktemp("whole")
-    run = Run([*RUN, "--save_dir", folder], folder / "out")
-    assert run.wait()[0] == 0
-    return folder / "test"
-
-
-def assert_same(folder, whole):
-    assert hashes(folder) == hashes(whole)
-    assert figures(folder) == figures(whole)
-    for n in (10, 20, 30):
-        assert hashes(folder, f"iter-{n}") == hashes(whole, f"iter-{n}")
-
-
-def test_what_a_set_holds(whole):
-    state = json.loads((whole / "latest-state.json").read_text())
-    assert (state["step"], state["epoch"], state["position"]) == (STEPS, 3, 0)
-    assert state["hparams"]["width"] == 8 and state["versions"]["torch"] == torch.__version__
-    assert json.loads((whole / "iter-20-state.json").read_text())["position"] == 700
-    for name in ("model", "model-ema", "opt"):
-        torch.load(whole / f"latest-{name}.th", weights_only=True)
-    assert len(list((whole / "sets").glob("*-latest"))) == 2  # and an older one behind it
-    assert not [p for p in whole.rglob("*") if "partial" in p.name]
-
-
-@pytest.mark.parametrize(
-    "number, where, n, saved_at", [(signal.SIGTERM, "step", 18, 18), (signal.SIGINT, "eval", 2, 13)]
-)
-def test_a_signal_saves_and_ends(number, where, n, saved_at, whole, tmp_path):
-    options = [*RUN, "--save_dir", tmp_path]
-    status, text = Run(options, tmp_path / "out", Signal(number, where, n)).wait()
-    assert status == 128 + number and text.splitlines()[-1].startswith("stopped")
-    assert number.name in text and "Traceback" not in text
-    assert check_latest(tmp_path / "test") == saved_at
-    status, text = Run(options, tmp_path / "out").wait()
-    assert status == 0 and "resuming from" in text
-    assert_same(tmp_path / "test", whole)
+    return finished(RUN)
 
 
 def _kill_and_resume(folder, whole, kills, rng, longest):
@@ -191,7 +168,7 @@ def test_a_damaged_set_is_passed_over_with_its_reason(whole, tmp_path):
     for path in (folder / "sets").glob("0*/model.th"):
         path.write_bytes(b"")
     status, text = Run([*RUN, "--save_dir", tmp_path], tmp_path / "o").wait()
-    assert status == 2 and "no older set is whole" in text.splitlines()[-1]
+    assert status == 2 and "no older checkpoint is whole" in text.splitlines()[-1]
 
 
 def test_restore_options_and_resume_together(whole, tmp_path):
@@ -208,9 +185,23 @@ def test_restore_options_and_resume_together(whole, tmp_path):
     assert status == 0 and "nothing left to do" in text and "continuing" not in text
 
 
-def test_keep_ckpts(tmp_path):
-    options = [*RUN, "--iters_per_ckpt", "5", "--keep_ckpts", "2", "--save_dir", tmp_path]
-    assert Run(options, tmp_path / "o").wait()[0] == 0
-    kept = sorted(p.name for p in (tmp_path / "test").glob("iter-*-model.th"))
-    assert kept == ["iter-30-model.th", "iter-35-model.th"]
-    assert not [p for p in Path(tmp_path).rglob("*") if not p.exists()]  # no name without a file
+def test_step_and_epoch_come_from_the_log(tmp_path):
+    path = tmp_path / "log.jsonl"
+    lines = [
+        {"type": "hparam", "key": "step", "value": 9},
+        {"type": "train_loss", "step": 1000, "epoch": 3},
+        {"type": "eval_loss", "step": 1000, "epoch": 3, "elbo": 2.5},
+        {"message": "plain"},
+        {"type": "train_loss", "step": 2000, "epoch": 6},
+        {"type": "eval_loss", "step": 2000, "epoch": 6, "elbo": 2.6},
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert restore_log(str(path), 0, 1) == (2.5, 2000, 6)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines[1:2]))
+    assert restore_log(str(path), 0, 1) == (math.inf, 1000, 3)
+    for text in ("", "{}\n", "no json\n", '{"type": "train_loss"}\n', "[1]\n"):
+        path.write_text(text)
+        with pytest.raises(UserError, match="no log.jsonl"):
+            restore_log(str(path), 0, 1)
+    with pytest.raises(UserError, match="can't be read"):
+        restore_log(str(tmp_path / "absent"), 0, 1)

@@ -1,27 +1,22 @@
-"""Training steps against the original's figures, exact evaluation, skips, schedule, optimizer."""
+"""Training steps against the original's figures, exact evaluation, skips; several processes."""
 
 import copy
-import json
 import math
-import sys
 
 import numpy as np
 import pytest
 import torch
 from golden import figures, inputs, model
+from runs import TINY, free_port, launch, log_of
 
 import train
-from data import Images, make_preprocess
-from hps import Hyperparams, UserError
-from train_helpers import (
-    OneProcess,
-    accumulate_stats,
-    convert_optimizer_state,
-    linear_warmup,
-    load_opt,
-    make_optimizer,
-    restore_optimizer,
-)
+import vae as vae_module
+from batches import Images, make_preprocess
+from errors import UserError
+from optimizers import make_optimizer
+from train_helpers import OneProcess
+
+# ---- one step --------------------------------------------------------------------------------
 
 
 def _sum_and_squares(tensors):
@@ -73,6 +68,68 @@ def test_a_gradient_that_is_not_finite_never_reaches_the_weights():
     assert not optimizer.state
 
 
+# ---- gradient accumulation, precision --------------------------------------------------------
+
+
+def _accumulated(parts, batch, monkeypatch, precision="fp32"):
+    """Weights and statistics after a step of `tiny` in so many parts, its noise off."""
+    monkeypatch.setattr(vae_module, "draw_gaussian_diag_samples", lambda mu, *_: mu)
+    H, vae = model("tiny")
+    H.update(lr=2e-4, adam_beta1=0.9, adam_beta2=0.9, wd=0.01, ema_rate=0.99, grad_clip=0.5)
+    H.update(skip_threshold=400.0, grad_accum=parts, precision=precision)
+    vae, ema = OneProcess(vae), copy.deepcopy(vae).requires_grad_(False)
+    optimizer, _ = make_optimizer(vae.parameters(), H, use_apex=False)
+    apart, no_sync = [], OneProcess.no_sync
+    monkeypatch.setattr(OneProcess, "no_sync", lambda self: apart.append(1) or no_sync(self))
+    stats = train.training_step(H, *batch, vae, ema, optimizer, 0)
+    assert len(apart) == parts - 1  # gradients are exchanged once
+    return stats, vae.module.state_dict()
+
+
+def test_accumulated_gradients_make_the_update_of_the_whole_batch(monkeypatch):
+    H, vae = model("tiny")
+    batch = inputs(H, 6, seed=7)
+    (whole, weights), (parts, accumulated) = (_accumulated(k, batch, monkeypatch) for k in (1, 3))
+    for key in ("elbo", "distortion", "rate", "grad_norm", "skipped_updates"):
+        assert parts[key] == pytest.approx(whole[key], rel=1e-5)
+    start = vae.state_dict()
+    moved = math.hypot(*((weights[k] - start[k]).norm().item() for k in start))
+    apart = math.hypot(*((weights[k] - accumulated[k]).norm().item() for k in start))
+    assert moved > 0 and apart < 1e-3 * moved
+    assert all(torch.allclose(weights[k], accumulated[k], atol=1e-5) for k in start)
+
+
+def test_a_training_step_computes_in_the_precision_asked_for(monkeypatch):
+    H, vae = model("tiny")
+    batch = inputs(H, 6, seed=7)
+    fp32, bf16 = (_accumulated(1, batch, monkeypatch, p)[0]["elbo"] for p in ("fp32", "bf16"))
+    assert bf16 != fp32 and bf16 == pytest.approx(fp32, rel=2e-2)
+
+
+def test_a_nan_in_one_part_skips_the_update(monkeypatch):
+    H, vae = model("tiny")
+    x, target = inputs(H, 6, seed=7)
+    x[0, 0, 0, 0] = math.nan
+    stats, weights = _accumulated(3, (x, target), monkeypatch)
+    assert stats["rate_nans"] == stats["skipped_updates"] == 1
+    assert all(torch.equal(weights[k], t) for k, t in vae.state_dict().items())
+
+
+# ---- evaluation ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return model("tiny")
+
+
+def test_eval_step_gives_floats(tiny):
+    H, net = tiny
+    stats = train.eval_step(*inputs(H, 2, 0), net)
+    assert stats.keys() == {"elbo", "distortion", "rate"}
+    assert all(type(v) is float for v in stats.values())
+
+
 def _dataset(n, size, seed=0):
     return Images(np.random.RandomState(seed).randint(0, 256, (n, size, size, 3), dtype=np.uint8))
 
@@ -116,6 +173,31 @@ def test_evaluation_weighs_every_image_alike(tiny_run):
         )
         own.append((distortion + rate).item())
     assert whole["elbo"] == pytest.approx(np.mean(own), rel=1e-5)
+
+
+def test_evaluation_gives_the_rates_and_the_bound():
+    H, vae = model("tiny")
+    H.update(n_batch=4, seed=0, device="cpu")
+    levels = np.random.RandomState(0).randint(0, 256, (10, H.image_size, H.image_size, 3))
+    images = torch.utils.data.TensorDataset(torch.from_numpy(levels.astype(np.uint8)))
+    x, target = inputs(H, 10, 0)
+
+    def preprocess_fn(batch):
+        return x[: len(batch[0])], target[: len(batch[0])]
+
+    figures = {}
+    for k in (None, 1, 8):
+        H.iw_samples = k
+        figures[k] = train.evaluate(H, vae, images, preprocess_fn)
+        assert sum(figures[k]["rate_per_layer"]) == pytest.approx(figures[k]["rate"])
+    assert len(figures[1]["rate_per_layer"]) == len(vae.decoder.dec_blocks)
+    assert "iw_elbo" not in figures[None]
+    assert figures[1]["iw_elbo"] == pytest.approx(figures[1]["elbo"], rel=1e-6)
+    assert figures[8]["iw_elbo"] < figures[1]["iw_elbo"]
+    assert figures[8]["iw_bits_per_dim"] == pytest.approx(figures[8]["iw_elbo"] / np.log(2))
+
+
+# ---- the loop --------------------------------------------------------------------------------
 
 
 def _fake_training(monkeypatch, tmp_path, norms, **options):
@@ -169,146 +251,32 @@ def test_a_batch_larger_than_the_data_is_refused(monkeypatch, tmp_path):
         _fake_training(monkeypatch, tmp_path, [], steps=[1, 1], n_batch=3)
 
 
-def test_accumulate_stats():
-    keys = ("elbo", "rate", "grad_norm", "rate_nans", "skipped_updates")
-    rows = [(9, 9, 99, 9, 9), (1, 2, 3, 0, 1), (math.nan, 4, math.inf, 1, 1), (2, 6, 2, 0, 0)]
-    stats = [dict(zip(keys, map(float, row), strict=True)) for row in rows]
-    result = accumulate_stats(stats, 3)
-    assert result == pytest.approx(
-        {"elbo": math.nan, "elbo_filtered": 1.5, "rate": 4, "grad_norm": 3, "rate_nans": 1,
-         "skipped_updates": 2},
-        nan_ok=True,
-    )  # fmt: skip
+# ---- several processes -----------------------------------------------------------------------
 
 
-def test_warm_up_starts_at_one_step_and_ends_at_one():
-    assert [linear_warmup(4.0)(step) for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert linear_warmup(0)(0) == 1
+def test_two_processes_with_every_option(tmp_path):
+    args = [*TINY, "--grad_accum", "3", "--n_batch", "8", "--precision", "bf16"]
+    [done] = launch("mpiexec", 2, [*args, "--checkpoint_activations"], tmp_path, free_port())
+    assert done.returncode == 0, done.stdout + done.stderr
+    events = log_of(tmp_path / "saved_models" / "test")
+    assert any("global batch: 48 images" in e.get("message", "") for e in events)
+    [evaluation] = [e for e in events if e.get("type") == "eval_loss"]
+    assert evaluation["step"] == 1397 // 2 // 24
+    *_, last = [e for e in events if e.get("type") == "train_loss"]
+    assert math.isfinite(last["elbo"]) and last["skipped_updates"] == 0
 
 
-# ---- optimizer files -------------------------------------------------------------------------
-
-
-def _trained(steps=3):
-    H, vae = model("tiny")
-    H.update(lr=2e-4, adam_beta1=0.9, adam_beta2=0.9, wd=0.01, ema_rate=0.99, warmup_iters=100)
-    H.update(grad_clip=200.0, skip_threshold=400.0, device="cpu", local_rank=0, mpi_size=1)
-    ema = copy.deepcopy(vae)
-    optimizer, _ = make_optimizer(vae.parameters(), H, use_apex=False)
-    for i in range(steps):
-        torch.manual_seed(i)
-        train.training_step(H, *inputs(H, 3, i), vae, ema, optimizer, i)
-    return H, vae, ema, optimizer
-
-
-def _apex_layout(optimizer):
-    """What Apex's FusedAdam would have saved in the place of this AdamW."""
-    content = copy.deepcopy(optimizer.state_dict())
-    [group] = content["param_groups"]
-    [step] = {int(entry.pop("step")) for entry in content["state"].values()}
-    names = ("lr", "betas", "eps", "weight_decay", "params")
-    apex = {name: group[name] for name in names}
-    apex |= {"bias_correction": True, "initial_lr": group["lr"], "step": step}
-    return {"state": content["state"], "param_groups": [apex]}
-
-
-@pytest.mark.parametrize("layout", ["AdamW", "Apex", "Apex, legacy file"])
-def test_training_goes_on_exactly_from_a_restored_optimizer(layout, tmp_path):
-    H, vae, ema, optimizer = _trained()
-    H.restore_optimizer_path = str(tmp_path / "opt.th")
-    content = optimizer.state_dict() if layout == "AdamW" else _apex_layout(optimizer)
-    torch.save(
-        content, H.restore_optimizer_path, _use_new_zipfile_serialization="legacy" not in layout
-    )
-    log = tmp_path / "log.jsonl"
-    log.write_text(json.dumps({"type": "train_loss", "step": 3, "epoch": 7}) + "\n")
-    H.restore_log_path = str(log)
-    other, other_ema = copy.deepcopy(vae), copy.deepcopy(ema)
-    restored, scheduler, best, iterate, epoch = load_opt(H, other, print)
-    assert (best, iterate, epoch) == (math.inf, 3, 7)
-    assert scheduler.get_last_lr() == [pytest.approx(2e-4 * 4 / 100)]  # no second warm-up
-    assert restored.param_groups[0]["fused"]
-    restored.param_groups[0]["lr"] = 2e-4
-    for v, e, o in ((vae, ema, optimizer), (other, other_ema, restored)):
-        torch.manual_seed(9)
-        train.training_step(H, *inputs(H, 3, 9), v, e, o, 3)
-    assert all(torch.equal(a, b) for a, b in zip(vae.parameters(), other.parameters(), strict=True))
-
-
-def test_conversion_there_and_back():
-    _, vae, _, optimizer = _trained(2)
-    apex = _apex_layout(optimizer)
-    there, step = convert_optimizer_state(apex, vae.parameters(), per_parameter_step=True)
-    assert step == 2
-    for position, entry in optimizer.state_dict()["state"].items():
-        for name, t in entry.items():
-            assert torch.equal(there[position][name], t)
-            assert there[position][name].dtype == torch.float32
-            assert there[position][name] is not t
-    back, step = convert_optimizer_state(
-        optimizer.state_dict(), vae.parameters(), per_parameter_step=False
-    )
-    assert step == 2 and back[0].keys() == {"exp_avg", "exp_avg_sq"}
-
-
-def test_an_optimizer_file_of_another_model_is_refused(tmp_path):
-    _, vae, _, optimizer = _trained(1)
-    path = tmp_path / "opt.th"
-    torch.save(optimizer.state_dict(), path)
-    _, other = model("tiny_res2")
-    other_optimizer, _ = make_optimizer(
-        other.parameters(), Hyperparams(lr=1, adam_beta1=0.9, adam_beta2=0.9, wd=0), False
-    )
-    with pytest.raises(UserError, match="parameters"):
-        restore_optimizer(other_optimizer, str(path), 0, 1)
-
-
-APEX_PACKAGES = {
-    "absent": None,
-    "an empty folder": {},
-    "unrelated": {"__init__.py": "raise ImportError('cannot import UnencryptedCookieSession')"},
-    "Python-only": {
-        "__init__.py": "",
-        "optimizers.py": "class FusedAdam:\n"
-        "    def __init__(self, *a, **k): raise RuntimeError('apex.optimizers needs cuda')",
-    },
-}
-
-
-def _forget_apex(monkeypatch):
-    """Whatever an earlier test imported under that name."""
-    for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
-        monkeypatch.delitem(sys.modules, name)
-
-
-@pytest.mark.parametrize("kind", APEX_PACKAGES)
-def test_an_unusable_apex_falls_back_to_adamw_and_says_why(kind, tmp_path, monkeypatch):
-    files = APEX_PACKAGES[kind]
-    _forget_apex(monkeypatch)
-    if files is not None:
-        (tmp_path / "apex").mkdir()
-        for name, text in files.items():
-            (tmp_path / "apex" / name).write_text(text)
-    monkeypatch.syspath_prepend(tmp_path)
-    _, vae = model("tiny")
-    H = Hyperparams(lr=1e-3, adam_beta1=0.9, adam_beta2=0.8, wd=0.5)
-    optimizer, name = make_optimizer(vae.parameters(), H, use_apex=True)
-    assert isinstance(optimizer, torch.optim.AdamW) and "no usable NVIDIA Apex" in name
-
-
-def test_a_usable_apex_is_taken(tmp_path, monkeypatch):
-    _forget_apex(monkeypatch)
-    (tmp_path / "apex").mkdir()
-    (tmp_path / "apex" / "__init__.py").write_text("")
-    (tmp_path / "apex" / "optimizers.py").write_text(
-        "import torch\n"
-        "class FusedAdam(torch.optim.SGD):\n"
-        "    def __init__(self, params, lr, betas, eps, weight_decay, adam_w_mode):\n"
-        "        assert adam_w_mode and eps == 1e-8 and betas == (0.9, 0.8)\n"
-        "        super().__init__(params, lr)\n"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    _, vae = model("tiny")
-    H = Hyperparams(lr=1e-3, adam_beta1=0.9, adam_beta2=0.8, wd=0.5)
-    assert make_optimizer(vae.parameters(), H, use_apex=True)[1] == "NVIDIA Apex FusedAdam"
-    assert make_optimizer(vae.parameters(), H, use_apex=False)[1] == "torch.optim.AdamW"
+def test_evaluation_agrees_for_any_batch_and_number_of_processes(tmp_path):
+    [done] = launch("slurm", 1, TINY, tmp_path, 1)
+    assert done.returncode == 0, done.stderr
+    ema = str(tmp_path / "saved_models" / "test" / "latest-model-ema.th")
+    figures = []
+    for n, n_batch in [(1, 1), (1, 3), (1, 16), (2, 3), (3, 16)]:
+        args = [*TINY, "--restore_ema_path", ema, "--test_eval", "--n_batch", str(n_batch)]
+        [done] = launch("mpiexec" if n > 1 else "slurm", n, args, tmp_path, free_port())
+        assert done.returncode == 0, done.stderr
+        figures.append(log_of(tmp_path / "saved_models" / "test")[-1])
+    for f in figures:
+        assert f["type"] == "test_loss" and f["n_images"] == 200
+        for name in ("elbo", "distortion", "rate", "bits_per_dim"):
+            assert f[name] == pytest.approx(figures[0][name], rel=1e-5)

@@ -1,94 +1,14 @@
-"""What programs may ask of a model beyond the published names; the importance-weighted bound."""
+"""The importance-weighted bound, against an integral and the textbook."""
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from golden import inputs, model, weight
+from golden import generators, weight
 
-import vae_helpers
-from data import preprocess
-from hps import Hyperparams, UserError, get_hparams
-from utils import image_generators
+from hps import Hyperparams
+from noise import noise_of_images
 from vae import VAE
-
-
-@pytest.fixture(scope="module")
-def tiny():
-    return model("tiny")
-
-
-def generators(n, *key):
-    return image_generators(range(n), *key)
-
-
-@torch.no_grad()
-def test_gaussians_are_those_of_z_and_kl(tiny):
-    H, net = tiny
-    x, _ = inputs(H, 2, 0)
-    plain = net.forward_get_latents(x, generators(2, 1))
-    full = net.forward_get_latents(x, generators(2, 1), get_gaussians=True)
-    noise = generators(2, 1)
-    for p, s in zip(plain, full, strict=True):
-        assert p["z"].equal(s["z"]) and p["kl"].equal(s["kl"]) and list(p) == ["z", "kl"]
-        z = vae_helpers.draw_gaussian_diag_samples(s["qm"], s["qv"], noise)
-        assert torch.allclose(z, s["z"], atol=1e-6)
-        kl = vae_helpers.gaussian_analytical_kl(s["qm"], s["pm"], s["qv"], s["pv"])
-        assert torch.allclose(kl, s["kl"], atol=1e-6)
-
-
-@torch.no_grad()
-def test_elbo_per_image_and_rate_per_layer(tiny):
-    H, net = tiny
-    batch = inputs(H, 3, 0)
-    stats = net(*batch, per_image=True, generators=generators(3, 1))
-    assert all(t.shape == (3,) for t in stats.values())
-    alone = [
-        net(x[None], t[None], generators=generators(3, 1)[i : i + 1])["elbo"].item()
-        for i, (x, t) in enumerate(zip(*batch, strict=True))
-    ]
-    assert stats["elbo"].tolist() == pytest.approx(alone, rel=1e-5)
-    _, rates = net.distortion_and_rate(*batch, generators(3, 1), per_layer=True)
-    assert rates.shape == (len(net.decoder.dec_blocks), 3)
-    assert torch.allclose(rates.sum(0), stats["rate"], rtol=1e-5)
-
-
-@torch.no_grad()
-def test_pictures_as_floats_are_those_of_levels(tiny):
-    H, net = tiny
-    levels = net.forward_uncond_samples(2, 0.8, generators(2, 3))
-    floats = net.forward_uncond_samples(2, 0.8, generators(2, 3), as_float=True)
-    assert floats.dtype == np.float32 and abs(floats).max() <= 1
-    assert np.array_equal(((floats + 1) * np.float32(127.5)).astype(np.uint8), levels)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("spread", [0.3, 3])  # hardly any level is clipped, and many are
-def test_the_mean_of_the_mixture_is_the_mean_of_its_samples(spread):
-    torch.manual_seed(0)
-    l = spread * torch.randn(1, 2, 2, 30)
-    l[..., 3:].view(1, 2, 2, 3, 9)[..., 3:6] = -4  # logistics of scale e^-4
-    mean = vae_helpers.mean_of_discretized_mix_logistic(l, 3)
-    n = 20_000
-    sampled = vae_helpers.sample_from_discretized_mix_logistic(l.expand(n, -1, -1, -1), 3)
-    # Levels between -1 and 1: three standard errors of their mean are at most 0.021.
-    assert torch.allclose(sampled.mean(dim=0), mean[0], atol=0.021)
-    H, net = model("tiny")
-    a, b = (net.forward_uncond_samples(2, 0, generators(2, k), mean=True) for k in (1, 2))
-    assert np.array_equal(a, b)  # no noise at all
-
-
-def test_preprocess_is_that_of_the_data_set():
-    H = get_hparams("ffhq256")
-    H.image_size = 4
-    images = np.random.RandomState(0).randint(0, 256, (2, 4, 4, 3), dtype=np.uint8)
-    x, target = preprocess(images, H)
-    assert torch.allclose(x, torch.from_numpy((images - 112.8666757481) / 69.84780273).float())
-    assert torch.allclose(target, torch.from_numpy((images // 8 * 8 - 127.5) / 127.5).float())
-    for wrong in (images.astype(np.float32), images[:, :3], images[0]):
-        with pytest.raises(UserError, match=r"uint8 \(N, 4, 4, 3\)"):
-            preprocess(wrong, H)
 
 
 @pytest.fixture(scope="module")
@@ -150,7 +70,8 @@ def test_the_bound_is_the_textbook_one_on_average(by_hand):
     x, target = (t[:1].expand(n, -1, -1, -1) for t in batch)
     log_weights = []
     for k in range(k_samples):
-        px_z, stats = net.decoder(net.encoder(x), True, generators(n, 5, k), get_gaussians=True)
+        with noise_of_images(generators(n, 5, k)):
+            px_z, stats = net.decoder(net.encoder(x), True, get_gaussians=True)
         log_weight = -3 * net.decoder.out_net.nll(px_z, target)
         for s in stats:
             p = torch.distributions.Normal(s["pm"], s["pv"].exp())

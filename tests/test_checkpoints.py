@@ -1,4 +1,4 @@
-"""Faults while files are written: kills at every point, full and read-only disks, two runs."""
+"""The files of a save: whole after a fault at every point of it; kept, removed, reported."""
 
 import contextlib
 import errno
@@ -8,24 +8,30 @@ import os
 import resource
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
+from golden import inputs, model
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import array_shapes, arrays
-from runs import ENV, ROOT, SMALL, Run, Signal, check_latest, events, figures, hashes
+from runs import SAVING, Run, Signal, check_latest, events, figures, hashes
 from torch import nn
 
-import train_helpers
-import utils
+import checkpoints
+import files
+import resuming
+import run_folder
+from checkpoints import remove_old_checkpoints, repair_checkpoints, write_checkpoint
 from hps import Hyperparams
-from train_helpers import mend_sets, remove_old_sets, save_model, save_run
+from optimizers import make_optimizer
+from train_helpers import save_model
+from vae import VAE
 
-RUN = [*SMALL, "--iters_per_save", "4", "--iters_per_ckpt", "10", "--num_epochs", "2", "--resume"]
+RUN = [*SAVING, "--num_epochs", "2"]
+
 
 # ---- every point of a save -------------------------------------------------------------------
 
@@ -36,7 +42,8 @@ def _save(folder, step, prefix="latest", fault=None):
     optimizer = torch.optim.AdamW(model.parameters())
     path = os.path.join(folder, prefix)
     fault = fault and fault()
-    save_run(path, model, model, optimizer, Hyperparams(save_dir=str(folder)), {"step": step})
+    H = Hyperparams(save_dir=str(folder), progress={"step": step})
+    write_checkpoint(path, model, model, optimizer, H)
     return NO_SUCH_POINT if fault and next(fault.calls) <= fault.n else 0
 
 
@@ -50,13 +57,13 @@ def warm(tmp_path_factory):
 
 
 class Fault:
-    """Breaks the n-th operation on files of train_helpers, before it or, a write, in its middle."""
+    """Breaks the n-th operation on files of a save, before it or, a write, in its middle."""
 
     def __init__(self, n, strike):
         self.n, self.strike, self.calls = n, strike, itertools.count()
         for module, names in (
             (os, ("mkdir", "fsync", "rename", "replace", "symlink", "link", "unlink", "rmdir")),
-            (train_helpers.shutil, ("copyfile",)),
+            (checkpoints.shutil, ("copyfile",)),
         ):
             for name in names:
                 setattr(module, name, self.wrap(getattr(module, name)))
@@ -83,7 +90,8 @@ class Fault:
             def __exit__(self, *_):
                 self.file.close()
 
-        train_helpers.open = File
+        for module in (checkpoints, files, run_folder):
+            module.open = File
 
     def count(self):
         if next(self.calls) == self.n:
@@ -143,12 +151,12 @@ def test_a_fault_at_every_point_of_a_save(sets, strike, status, tmp_path):
         assert found in (before, 7)
         if outcome == 1 and found == before:
             assert not [p for p in folder.rglob("*.partial")]
-        mend_sets(folder)
+        repair_checkpoints(folder)
         assert check_latest(folder) in (found, 7)  # a complete set that had no name yet has it now
         assert not [p for p in folder.rglob("*") if p.suffix == ".partial" or not p.exists()]
         _save(folder, 8)
         assert check_latest(folder) == 8 and len(list((folder / "sets").glob("0*"))) <= 2
-    assert n > 30
+    assert n > 150
 
 
 def test_a_kill_at_every_point_of_the_removal_of_an_old_set(tmp_path):
@@ -162,11 +170,11 @@ def test_a_kill_at_every_point_of_the_removal_of_an_old_set(tmp_path):
 
         def faulty(folder=folder, n=n):
             fault = Fault(n, _kill)
-            remove_old_sets(folder, 2)
+            remove_old_checkpoints(folder, 2)
             return NO_SUCH_POINT if next(fault.calls) <= n else 0
 
         outcome = _in_a_fork(faulty)
-        mend_sets(folder)
+        repair_checkpoints(folder)
         names = {p.name.split("-m")[0] for p in folder.glob("iter-*-model.th")}
         assert names - {"iter-1"} == {"iter-2", "iter-3"}
         assert not [p for p in folder.rglob("*") if p.suffix == ".partial" or not p.exists()]
@@ -190,14 +198,17 @@ def test_files_of_another_program_under_our_names_are_never_mixed_with_ours(tmp_
             for name in ("model.th", "model-ema.th", "opt.th")
         }
         assert len(found) == 1
-        mend_sets(folder)
+        repair_checkpoints(folder)
         if outcome == NO_SUCH_POINT:
             break
         [content] = found
         assert (folder / "latest-opt.th").read_bytes()[:3] in (content, b"PK\x03")
-    assert found != {b"old"} and n > 30
+    assert found != {b"old"} and n > 150
     [old, _] = sorted((folder / "sets").glob("0*"))
     assert (old / "model.th").read_text() == "old"
+
+
+# ---- what is in them -------------------------------------------------------------------------
 
 
 @given(
@@ -207,13 +218,38 @@ def test_files_of_another_program_under_our_names_are_never_mixed_with_ours(tmp_
 def test_a_saved_set_reads_back_the_same(weights, state, tmp_path_factory):
     folder = tmp_path_factory.mktemp("set")
     model = nn.ParameterList([nn.Parameter(torch.from_numpy(weights))])
-    H = Hyperparams(save_dir=str(folder))
     state = {"step": 1, "own": state}
-    save_run(str(folder / "iter-1"), model, model, torch.optim.SGD([model[0]]), H, state)
+    H = Hyperparams(save_dir=str(folder), progress=state)
+    write_checkpoint(str(folder / "iter-1"), model, model, torch.optim.SGD([model[0]]), H)
     back = torch.load(folder / "iter-1-model.th", weights_only=True)["0"]
     assert back.numpy().tobytes() == weights.tobytes() and back.shape == weights.shape
-    path, found = train_helpers.newest_set(str(folder), print)
+    path, found = resuming.newest_checkpoint(str(folder), print)
     assert json.dumps(found["own"]) == json.dumps(state["own"])
+
+
+def _elbo(H, vae):
+    torch.manual_seed(0)
+    with torch.no_grad():
+        return vae(*inputs(H, 2, 0))["elbo"].item()
+
+
+def test_what_is_saved_is_plain_and_restores(tmp_path):
+    H, vae = model("tiny")
+    H.update(lr=1e-3, adam_beta1=0.9, adam_beta2=0.9, wd=0.0, save_dir=str(tmp_path))
+    optimizer, _ = make_optimizer(vae.parameters(), H, use_apex=False)
+    vae(*inputs(H, 2, 0))["elbo"].backward()
+    optimizer.step()
+    (tmp_path / "log.jsonl").write_text('{"type": "message"}\n')
+    save_model(str(tmp_path / "iter-7"), vae, vae, optimizer, H)
+    other = VAE(H)
+    other.load_state_dict(torch.load(tmp_path / "iter-7-model-ema.th", weights_only=True))
+    assert _elbo(H, other) == _elbo(H, vae)
+    content = torch.load(tmp_path / "iter-7-opt.th", weights_only=True)
+    assert content["state"][0].keys() == {"step", "exp_avg", "exp_avg_sq"}
+    assert (tmp_path / "iter-7-log.jsonl").read_text() == '{"type": "message"}\n'
+    assert torch.load(tmp_path / "iter-7-model.th", weights_only=True).keys() == (
+        vae.state_dict().keys()
+    )
 
 
 def test_save_model_alone_is_enough_for_programs(tmp_path):
@@ -222,17 +258,16 @@ def test_save_model_alone_is_enough_for_programs(tmp_path):
     for _ in range(3):
         save_model(path, model, model, torch.optim.AdamW(model.parameters()), H)
     assert len(list((tmp_path / "sets").glob("0*"))) == 1
-    assert train_helpers.newest_set(str(tmp_path), print) is None
+    assert resuming.newest_checkpoint(str(tmp_path), print) is None
 
 
-# ---- whole runs --------------------------------------------------------------------------------
+# ---- whole runs ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("whole")
-    assert Run([*RUN, "--save_dir", folder], folder / "out").wait()[0] == 0
-    return folder / "test"
+def whole(finished):
+    """The folder of a run without a break."""
+    return finished(RUN)
 
 
 class FileLimit:
@@ -267,15 +302,6 @@ def test_a_failed_save_is_reported_and_training_goes_on(whole, tmp_path):
     assert figures(tmp_path / "test") == figures(whole)
 
 
-def test_a_run_whose_output_can_not_be_written_goes_on(whole, tmp_path):
-    """As where stdout and stderr are files on a full disk."""
-    run = Run([*RUN, "--save_dir", tmp_path], "/dev/full")
-    run.process.join(120)
-    assert run.process.exitcode == 0
-    assert hashes(tmp_path / "test") == hashes(whole)
-    assert figures(tmp_path / "test") == figures(whole)
-
-
 def test_a_failed_last_save_ends_the_run_with_an_error(whole, tmp_path):
     options = [*RUN, "--save_dir", tmp_path]
     status, text = Run(options, tmp_path / "out", FileLimit(14)).wait()
@@ -284,116 +310,6 @@ def test_a_failed_last_save_ends_the_run_with_an_error(whole, tmp_path):
     assert not [p for p in tmp_path.rglob("*") if p.suffix == ".partial"]
     assert Run(options, tmp_path / "out").wait()[0] == 0
     assert hashes(tmp_path / "test") == hashes(whole)
-
-
-def _mounts():
-    """Whether a mount of one's own can be made here, or why not."""
-    probe = ["unshare", "-rm", "mount", "-t", "tmpfs", "none", "/mnt"]
-    try:
-        return subprocess.run(probe, capture_output=True, text=True).stderr.strip()
-    except FileNotFoundError as error:
-        return str(error)
-
-
-@pytest.mark.skipif(bool(_mounts()), reason=f"no mounts here: {_mounts()}")
-def test_a_full_disk_and_a_read_only_one(whole, tmp_path):
-    """A disk of 400 kB: a set is about 100 kB. Its log is cut short too; the run goes on.
-
-    Then it has no byte free, or is read-only: a start is refused, what it prints to this disk lost.
-    Then there is room: it ends as if nothing were.
-    """
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    script = """
-import os, subprocess, sys
-import train
-
-disk, copy, *argv = sys.argv[1:]
-
-def run(name, *more):
-    child = os.fork()
-    if child == 0:
-        sys.argv = ["train.py", *argv, *more]
-        train.run_command(train.main)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    print(name, status, flush=True)
-
-def mount(*words):
-    subprocess.run(["mount", *words, disk], check=True)
-
-mount("-t", "tmpfs", "-o", "size=400k", "none")
-run("small", "--iters_per_ckpt", "2")
-subprocess.run(f"cat /dev/zero > {disk}/fill", shell=True)
-run("full")
-os.remove(f"{disk}/fill")
-mount("-o", "remount,ro")
-run("read-only")
-mount("-o", "remount,rw,size=40M")
-run("roomy")
-subprocess.run(["cp", "-r", f"{disk}/test", copy], check=True)
-"""
-    done = subprocess.run(
-        ["unshare", "-rm", os.sys.executable, "-c", script, disk, tmp_path / "copy",
-         *RUN, "--save_dir", disk],
-        cwd=ROOT, env=ENV, text=True, capture_output=True,
-    )  # fmt: skip
-    out, err = done.stdout, done.stderr
-    for line in ("small 2", "full 2", "read-only 2", "roomy 0"):
-        assert line in out.splitlines(), out + err
-    assert "is not saved at step" in out and "Traceback" not in err
-    assert f"{disk}/test can't be written (No space left on device)" in err
-    assert "lock can't be written or locked (Read-only file system)" in err
-    check_latest(tmp_path / "copy")
-    assert hashes(tmp_path / "copy") == hashes(whole)
-
-
-def test_a_second_run_on_the_folder_is_refused(tmp_path):
-    """For as long as the first lives: a SIGKILL frees the folder."""
-    options = [*RUN, "--num_epochs", "999", "--save_dir", tmp_path]
-    first = Run(options, tmp_path / "first")
-    while not check_latest(tmp_path / "test"):
-        time.sleep(0.05)
-    log = tmp_path / "test" / "log.jsonl"
-    for resume in ([], ["--resume"]):
-        arguments = [a for a in options if a != "--resume"] + resume
-        status, text = Run(arguments, tmp_path / "o").wait()
-        last = text.splitlines()[-1]
-        assert (
-            status == 2
-            and f"is in use by process {first.process.pid} on" in last
-            and "--desc" in last
-        )
-        assert text.count("error:") == 1
-    assert sum(e.get("message", "").startswith("training model") for e in events(log.parent)) == 1
-    first.kill()
-    status, text = Run([*options, "--num_epochs", "2"], tmp_path / "o").wait()
-    assert status == 0, text
-
-
-def test_a_log_cut_short_or_lost(whole, tmp_path):
-    options = [*RUN, "--save_dir", tmp_path]
-    folder = tmp_path / "test"
-    for mend in ("cut", "lost"):
-        run = Run(
-            options, tmp_path / "o", Signal(signal.SIGTERM, "step", 9 if mend == "cut" else 3)
-        )
-        assert run.wait()[0] == 143
-        if mend == "cut":
-            for name in ("log.jsonl", "log.txt"):
-                with open(folder / name, "r+b") as file:
-                    file.truncate(os.path.getsize(folder / name) - 9)
-        else:
-            (folder / "log.jsonl").unlink()
-    assert Run(options, tmp_path / "o").wait()[0] == 0
-    assert hashes(folder) == hashes(whole)
-    assert all(figures(whole)[key] == line for key, line in figures(folder).items())
-    utils.logger(str(tmp_path / "log"))("one")
-    for name in ("log.jsonl", "log.txt"):
-        with open(tmp_path / name, "r+b") as file:
-            file.truncate(os.path.getsize(tmp_path / name) - 4)
-    utils.logger(str(tmp_path / "log"))("two")
-    lines = (tmp_path / "log.jsonl").read_text().splitlines()
-    assert len(lines) == 2 and json.loads(lines[1])["message"] == "two"
 
 
 def _clock_goes_backwards():
@@ -416,24 +332,20 @@ def test_a_clock_that_goes_backwards(whole, tmp_path):
     )
 
 
-def test_a_second_signal_ends_at_once(tmp_path):
-    """Unless it comes within two seconds, when it is a launcher's copy of the first."""
-    status, _ = Run([*RUN, "--save_dir", tmp_path], tmp_path / "o", _signals_in_a_long_step).wait()
-    assert status == 130
-    assert check_latest(tmp_path / "test") == 4
+def test_what_a_set_holds(whole):
+    state = json.loads((whole / "latest-state.json").read_text())
+    assert (state["step"], state["epoch"], state["position"]) == (26, 2, 0)
+    assert state["hparams"]["width"] == 8 and state["versions"]["torch"] == torch.__version__
+    assert json.loads((whole / "iter-20-state.json").read_text())["position"] == 700
+    for name in ("model", "model-ema", "opt"):
+        torch.load(whole / f"latest-{name}.th", weights_only=True)
+    assert len(list((whole / "sets").glob("*-latest"))) == 2  # and an older one behind it
+    assert not [p for p in whole.rglob("*") if "partial" in p.name]
 
 
-def _signals_in_a_long_step():
-    import train
-
-    original, calls = train.training_step, itertools.count(1)
-
-    def wrapped(*args):
-        if next(calls) == 6:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(2.1)
-            os.kill(os.getpid(), signal.SIGINT)
-        return original(*args)
-
-    train.training_step = wrapped
+def test_keep_ckpts(tmp_path):
+    options = [*SAVING, "--iters_per_ckpt", "5", "--keep_ckpts", "2", "--save_dir", tmp_path]
+    assert Run(options, tmp_path / "o").wait()[0] == 0
+    kept = sorted(p.name for p in (tmp_path / "test").glob("iter-*-model.th"))
+    assert kept == ["iter-30-model.th", "iter-35-model.th"]
+    assert not [p for p in Path(tmp_path).rglob("*") if not p.exists()]  # no name without a file

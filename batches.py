@@ -1,0 +1,215 @@
+"""Batches of images: their order, their loading, the network's input made of them.
+
+A data set yields tuples of one uint8 tensor (S, S, 3); a batch of them is [uint8 (N, S, S, 3)].
+"""
+
+import atexit
+import math
+import os
+import signal
+import weakref
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from errors import UserError
+from image_sets import IMAGE_SETS
+from launchers import resolve_device, world
+from options import setting
+
+
+class Images(Dataset):
+    """Some of an array of images, uint8 (n, S, S, 3), in memory or in files.
+
+    Item i is a tuple of one uint8 tensor (S, S, 3), a copy.
+    """
+
+    def __init__(self, array, indices=None):
+        self.array = array
+        self.indices = np.arange(len(array)) if indices is None else indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, i):
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, numbers):
+        """The items of these numbers, with one index into the array."""
+        images = torch.from_numpy(self.array[self.indices[numbers]])  # (N, S, S, 3)
+        return [(image,) for image in images]
+
+
+# ---- order ---------------------------------------------------------------------------------
+
+
+class EpochBatches(Sampler):
+    """The batches of image numbers that one process takes in an epoch, for DataLoader.
+
+    The order of an epoch is torch's DistributedSampler's: a function of (seed, epoch) alone, the
+    same for any number of loader workers. Image k of it, counted over all processes, is in a step
+    that takes n_batch * size images; the images that fill no whole step are left out. (With an
+    uneven number of images per process, the first ones of the order fill up, as in
+    DistributedSampler.)
+
+    Args:
+        n_images: images of the data set.
+        n_batch: images of a batch, per process.
+        rank, size: which of how many processes this is.
+        seed: of the run.
+    """
+
+    def __init__(self, n_images, n_batch, rank, size, seed):
+        self.n_images, self.n_batch = n_images, n_batch
+        self.rank, self.size, self.seed = rank, size, seed
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch, start_image=0):
+        """Chooses the epoch, to begin after the first start_image images of its order.
+
+        start_image counts the images that all processes together have taken in this epoch.
+        """
+        self.epoch, self.start_image = epoch, start_image
+
+    def __len__(self):
+        """Batches from start_image to the end of the epoch."""
+        return math.ceil((self.n_images - self.start_image) / self.size) // self.n_batch
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(self.n_images, generator=generator).numpy()
+        # np.resize repeats the order from its start.
+        order = np.resize(order, self.start_image + len(self) * self.n_batch * self.size)
+        mine = order[self.start_image + self.rank :: self.size]  # (len(self) * n_batch,)
+        for batch in mine.reshape(-1, self.n_batch):
+            yield batch.tolist()
+
+
+# ---- loading -------------------------------------------------------------------------------
+
+# Iterators over batches whose workers are alive.
+_iterators = weakref.WeakSet()
+
+
+@atexit.register
+def _end_workers():
+    """Before multiprocessing does: it asks by SIGTERM, to which they are deaf, and waits."""
+    for iterator in list(_iterators):
+        iterator._shutdown_workers()
+
+
+class _Loader(DataLoader):
+    """A DataLoader whose workers' UserErrors stay the one line they are."""
+
+    def __iter__(self):
+        iterator = super().__iter__()
+        if self.num_workers:
+            _iterators.add(iterator)
+        try:
+            yield from iterator
+        except UserError as error:
+            # A worker's error arrives with the traceback put before it.
+            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+
+
+def cores():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _leave_signals_to_the_parent(_):
+    """In a loader worker: a signal to the whole process group is a request to the run, not to it.
+
+    The worker ends when the run does.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def make_loader(H, images, **batching):
+    """A DataLoader of batches [uint8 (N, S, S, 3)], in H.num_workers processes, pinned for CUDA.
+
+    By default, arrays are read in the training process on the CPU, where that costs less than
+    handing batches over; by one worker beside a GPU; PNG files are decoded in up to four.
+
+    Args:
+        batching: batch_sampler, or batch_size for the images in their order.
+    """
+    cuda = resolve_device(setting(H, "device")) != "cpu"
+    workers = setting(H, "num_workers")
+    if workers is None:
+        mine = max(1, cores() // world().local_size)
+        workers = min(4, mine) if H.dataset == "ffhq_1024" else int(cuda)
+    # A generator of its own: by default it would draw from the one that makes the noise.
+    return _Loader(
+        images,
+        num_workers=workers,
+        pin_memory=cuda,
+        worker_init_fn=_leave_signals_to_the_parent,
+        generator=torch.Generator(),
+        **batching,
+    )
+
+
+def training_batches(H, images):
+    """(EpochBatches, loader) of a training run's steps, --grad_accum batches of n_batch each.
+
+    Raises:
+        UserError: if the images make no full step.
+    """
+    me, n_images = world(), H.n_batch * setting(H, "grad_accum")
+    batches = EpochBatches(len(images), n_images, me.rank, me.size, setting(H, "seed"))
+    if not len(batches):
+        raise UserError(
+            f"--n_batch {H.n_batch} on {me.size} processes: the {len(images)} training images "
+            f"make no full batch; lower --n_batch or --grad_accum"
+        )
+    return batches, make_loader(H, images, batch_sampler=batches)
+
+
+# ---- the network's input -------------------------------------------------------------------
+
+
+def make_preprocess(dataset, device, mean=None, std=None):
+    """A function [uint8 (N, S, S, 3), ...] → (input, target), float32 of that shape on `device`.
+
+    input is (level - mean) / std of the data set (own images: as given); target is in [-1, 1], of 5
+    bits where the data set's are. The caller's batch is left as it was.
+    """
+    facts = IMAGE_SETS[dataset]
+    if dataset == "images":
+        facts = facts._replace(mean=mean, std=std)
+
+    def preprocess_fn(batch):
+        levels = batch[0].to(device, non_blocking=True).float()  # (N, S, S, 3), 0 to 255
+        x = (levels - facts.mean) * (1 / facts.std)
+        if facts.bits == 5:
+            levels = (levels / 8).floor() * 8
+        return x, (levels - 127.5) / 127.5
+
+    return preprocess_fn
+
+
+def preprocess(images, H):
+    """The network's (input, target) of images, an array or tensor of uint8 (N, S, S, 3).
+
+    H is a model's, with its dataset, image_size and device. Both are float32 (N, S, S, 3).
+
+    Raises:
+        UserError: for images of another type or size.
+    """
+    images = torch.as_tensor(images)
+    size = H.image_size
+    if images.dtype != torch.uint8 or images.shape != (len(images), size, size, 3):
+        raise UserError(
+            f"images are {images.dtype} {tuple(images.shape)}; the model takes uint8 "
+            f"(N, {size}, {size}, 3)"
+        )
+    if H.dataset == "images" and H.image_mean is None:
+        raise UserError(
+            "the mean and std of the images that the model was trained on are not known: "
+            "images.json of its run must lie beside its weights"
+        )
+    device = resolve_device(setting(H, "device"))
+    return make_preprocess(H.dataset, device, H.image_mean, H.image_std)([images])

@@ -1,0 +1,65 @@
+"""What an image costs under a VAE: the terms of its negative ELBO, the tighter bound.
+
+Nats per dimension, a dimension being one of the three levels of a pixel. Everything here goes by
+the network's published parts (encoder, decoder, out_net), so that a fork's own network serves too.
+"""
+
+import math
+
+import torch
+
+from fused import at_least_float32
+from noise import noise_of_images
+
+
+def nats_to_bits(nats):
+    """Bits per dimension from nats per dimension."""
+    return nats / math.log(2)
+
+
+def distortion_and_rates(vae, x, x_target):
+    """The terms of the negative ELBO: distortion (N,), and each layer's rate (layers, N).
+
+    Args:
+        x: input (N, R, R, 3).
+        x_target: target (N, R, R, 3) in [-1, 1].
+    """
+    px_z, stats = vae.decoder(vae.encoder(x))
+    distortion = vae.decoder.out_net.nll(px_z, x_target)  # (N,)
+    rates = [at_least_float32(s["kl"]).sum(dim=(1, 2, 3)) for s in stats]  # each (N,)
+    return distortion, torch.stack(rates) / x.shape[1:].numel()
+
+
+def importance_weighted_elbo(vae, x, x_target, n_samples, noise):
+    """The importance-weighted bound of K samples (Burda et al. 2016, eq. 8), negated.
+
+    log (1/K) sum_k w_k, w_k = p(x, z_k) / q(z_k | x), to which is added the mean over k of what
+    the sampled log q/p of the latents exceeds their analytical KL by. That mean is 0 in
+    expectation, with it K = 1 is the ELBO of that noise, and no K is above the mean ELBO of
+    its samples. A sample of infinite distortion has weight 0. Memory is that of one sample.
+
+    Args:
+        x, x_target: as in distortion_and_rates.
+        n_samples: K.
+        noise: k from 0 to K - 1 → that sample's generators, one an image (None: the default one).
+
+    Returns:
+        (N,), nats per dimension, float64; inf where all weights are 0, or a KL is infinite.
+    """
+    activations, n_dims = vae.encoder(x), x.shape[1:].numel()
+    log_sum, gap = -math.inf, 0
+    for k in range(n_samples):
+        with noise_of_images(noise(k)):
+            px_z, stats = vae.decoder(activations, True, get_gaussians=True)
+        distortion = vae.decoder.out_net.nll(px_z, x_target).double() * n_dims  # (N,)
+        log_ratio, kl = 0, 0  # log p(z) - log q(z | x), and its analytical expectation, negated
+        for s in stats:
+            z, qm, qv, pm, pv = (s[key].double() for key in ("z", "qm", "qv", "pm", "pv"))
+            q, p = (z - qm) / qv.exp(), (z - pm) / pv.exp()
+            log_ratio = log_ratio + (0.5 * (q**2 - p**2) + qv - pv).sum(dim=(1, 2, 3))
+            kl = kl + s["kl"].double().sum(dim=(1, 2, 3))
+        log_weight = log_ratio - distortion  # (N,)
+        log_sum = torch.logaddexp(torch.as_tensor(log_sum).to(log_weight), log_weight)
+        # An infinite KL makes the bound infinite, whatever the weight: no inf - inf.
+        gap = gap + torch.where(kl == math.inf, kl, kl + log_ratio) / n_samples
+    return (gap + math.log(n_samples) - log_sum) / n_dims

@@ -1,0 +1,60 @@
+"""Files that are whole or not there: written beside their place, then renamed."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+from errors import UserError
+
+
+def fsync(path):
+    """Waits until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def replace(path, write, durable=False):
+    """Writes a file through write(temporary Path): `path` is the old one or the new one, whole.
+
+    durable: what was written is on the disk before the name changes.
+    """
+    partial = Path(f"{path}.partial")
+    try:
+        write(partial)
+        if durable:
+            fsync(partial)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    """Writes a JSON file."""
+    replace(path, lambda partial: partial.write_text(json.dumps(content, indent=1)))
+
+
+def read_json(path):
+    """What a JSON file holds, or None where there is none.
+
+    Raises:
+        UserError: for a file that is no JSON object.
+    """
+    try:
+        content = json.loads(Path(path).read_bytes())
+        if not isinstance(content, dict):
+            raise ValueError("no JSON object")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} can't be read ({error}): delete it to have it made anew") from None
+    return content
+
+
+def sha256(path):
+    """The sha256 of a file, in hex."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

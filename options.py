@@ -1,0 +1,296 @@
+"""The options of a run: their table, their types, the parser of a command line."""
+
+import argparse
+import difflib
+import os
+
+from errors import UserError
+from image_sets import IMAGE_SETS, image_size_of
+
+
+class Hyperparams(dict):
+    """A dict whose items are attributes too; a missing public name reads None.
+
+    Raises:
+        AttributeError: for a missing name that starts with an underscore, which is how the copy
+            and pickle protocols ask whether a method exists.
+    """
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return self.get(name)
+
+    def __setattr__(self, name, value):
+        self[name] = value
+
+    def copy(self):
+        return Hyperparams(self)
+
+
+# ---- types ---------------------------------------------------------------------------------
+
+
+def _checked(cast, test, rule):
+    """An argparse type: cast the text, then hold it against the rule. NaN fails every test."""
+
+    def parse(text):
+        try:
+            value = cast(text)
+        except (ValueError, OverflowError):
+            value = None
+        if value is None or not test(value):
+            raise argparse.ArgumentTypeError(f"got {text!r}; it must be {rule}")
+        return value
+
+    return parse
+
+
+def one_of(*values):
+    """An argparse type: one of these words, which the tab key completes."""
+    parse = _checked(str, lambda v: v in values, f"one of {', '.join(values)}")
+    parse.values = values
+    return parse
+
+
+def complete(action, values):
+    """Lets the tab key complete an option's value to one of these (argcomplete's attribute)."""
+    action.completer = lambda prefix, **_: [v for v in values if v.startswith(prefix)]
+
+
+_INF = float("inf")
+count = _checked(int, lambda v: v >= 1, "a whole number of at least 1")
+natural = _checked(int, lambda v: v >= 0, "a whole number of at least 0")
+seed = _checked(int, lambda v: 0 <= v < 2**62, "a whole number from 0 to below 2^62")
+positive = _checked(float, lambda v: 0 < v < _INF, "a positive number")
+nonnegative = _checked(float, lambda v: 0 <= v < _INF, "a number of at least 0")
+fraction = _checked(float, lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
+threshold = _checked(float, lambda v: v == -1 or v > 0, "a positive number, or -1 for none")
+port = _checked(int, lambda v: 1 <= v <= 65535, "a port number from 1 to 65535")
+device = one_of("auto", "cpu", "cuda")
+
+# ---- the table -----------------------------------------------------------------------------
+
+# group -> rows of (option, type, default, meaning with its unit). A type of bool is a flag.
+OPTIONS = {
+    "run": [
+        ("seed", seed, 0, "seed of the weights, the noise and the order of the images"),
+        ("desc", str, "test", "name of the run; its files go to save_dir/desc"),
+        ("save_dir", str, "./saved_models", "folder of all runs"),
+        ("device", device, "auto", "auto is CUDA where there is one"),
+        ("port", port, 29500, "rendezvous port of several processes; a free one if it is taken"),
+        ("timeout", positive, 600.0, "seconds without a step after which a process is given up"),
+        ("test_eval", bool, False, "evaluate the restored EMA weights on the test set, then end"),
+        ("dry_run", bool, False, "end after the summary of the run"),
+    ],
+    "data": [
+        ("dataset", str, "cifar10", f"one of {', '.join(IMAGE_SETS)}"),
+        ("data_root", str, "./", "folder of the data set's files; images: also one .npy file"),
+        ("image_size", count, None, "images: pixels of a side after resizing (an .npy: its own)"),
+        ("bad_images", one_of("refuse", "skip"), "refuse", "images: unreadable or too small ones"),
+        ("num_workers", natural, None, "processes that load images (none: chosen, docs/data.md)"),
+    ],
+    "restore": [
+        (
+            "resume",
+            bool,
+            False,
+            "go on from the run's newest checkpoint, or start if it has none",
+        ),
+        ("restore_path", str, None, "weights: PREFIX-model.th"),
+        ("restore_ema_path", str, None, "EMA weights: PREFIX-model-ema.th"),
+        ("restore_log_path", str, None, "log that names the step and epoch: PREFIX-log.jsonl"),
+        ("restore_optimizer_path", str, None, "optimizer state, Apex or AdamW: PREFIX-opt.th"),
+    ],
+    "network": [
+        ("enc_blocks", str, None, "encoder: RxK is K blocks at resolution R; RdK pools by K after"),
+        ("dec_blocks", str, None, "decoder: RxK likewise; RmS first adds the state of S upsampled"),
+        ("zdim", count, 16, "latent channels of a stochastic layer"),
+        ("width", count, 512, "channels of the residual stream"),
+        ("custom_width_str", str, "", "other widths at some resolutions: R:width,R:width"),
+        ("bottleneck_multiple", positive, 0.25, "width of a block's bottleneck over its width"),
+        ("no_bias_above", natural, 64, "largest resolution with a learned constant, in pixels"),
+        ("num_mixtures", count, 10, "logistics in the mixture of a pixel"),
+        ("scale_encblock", bool, False, "without effect"),
+    ],
+    "optimization": [
+        ("n_batch", count, 32, "images per process and step, or part of it (--grad_accum)"),
+        ("num_epochs", count, 10000, "passes over the training images"),
+        ("lr", positive, 0.00015, "learning rate of AdamW after the warm-up"),
+        ("warmup_iters", nonnegative, 0.0, "steps of linear warm-up of the learning rate"),
+        ("wd", nonnegative, 0.0, "decoupled weight decay"),
+        ("adam_beta1", fraction, 0.9, "decay of AdamW's first moment per step"),
+        ("adam_beta2", fraction, 0.9, "decay of AdamW's second moment per step"),
+        ("grad_clip", positive, 200.0, "largest gradient norm; a larger one is scaled down to it"),
+        ("skip_threshold", threshold, 400.0, "no update at or above this gradient norm; -1: off"),
+        ("skip_streak", count, 100, "skipped updates in a row that are reported"),
+        ("max_skips", count, None, "skipped updates in a row that end the run (none: never)"),
+        ("ema_rate", fraction, 0.999, "decay of the moving average of the weights per update"),
+        ("lr_prior", positive, 0.00015, "without effect"),
+        ("wd_prior", nonnegative, 0.0, "without effect"),
+        ("temperature", nonnegative, 1.0, "without effect"),
+    ],
+    "speed and memory": [
+        ("precision", one_of("fp32", "tf32", "bf16"), "fp32", "of the convolutions"),
+        ("checkpoint_activations", bool, False, "a third more time, a fraction of the memory"),
+        ("grad_accum", count, 1, "batches of n_batch per step and process"),
+        ("compile", bool, False, "torch.compile the residual blocks"),
+        ("cuda_graphs", bool, False, "the same, on CUDA as graphs (mode reduce-overhead)"),
+        ("cudnn_benchmark", bool, False, "CUDA: the fastest convolutions, by trial at the start"),
+    ],
+    "logging": [
+        ("iters_per_print", count, 1000, "steps between log lines, which average over them"),
+        ("iters_per_save", count, 10000, "steps between saves of latest-*"),
+        ("iters_per_ckpt", count, 25000, "steps between saves of iter-N-*"),
+        ("keep_ckpts", count, None, "newest iter-N-* that are kept (none: all)"),
+        ("iters_per_images", count, 10000, "steps between pictures"),
+        ("epochs_per_eval", count, 10, "epochs between evaluations on the validation set"),
+        (
+            "iw_samples",
+            count,
+            None,
+            "samples an image of the importance-weighted bound (none: no)",
+        ),
+        ("tensorboard", bool, False, "write the figures of losses for TensorBoard too"),
+        ("epochs_per_probe", count, None, "without effect"),
+        ("epochs_per_eval_save", count, 20, "without effect"),
+        ("num_images_visualize", count, 8, "validation images in a picture, one a column"),
+        ("num_variables_visualize", natural, 6, "rows decoded from the first k latents alone"),
+        ("num_temperatures_visualize", natural, 3, "rows of samples: t = 1.0, 0.9, 0.8, 0.7"),
+    ],
+}
+
+# The original's, which its `add_vae_arguments` adds; the others are ours.
+PUBLISHED = frozenset(
+    "seed port save_dir data_root desc restore_path restore_ema_path restore_log_path "
+    "restore_optimizer_path dataset ema_rate enc_blocks dec_blocks zdim width custom_width_str "
+    "bottleneck_multiple no_bias_above scale_encblock test_eval warmup_iters num_mixtures "
+    "grad_clip skip_threshold lr lr_prior wd wd_prior num_epochs n_batch adam_beta1 adam_beta2 "
+    "temperature iters_per_ckpt iters_per_print iters_per_save iters_per_images epochs_per_eval "
+    "epochs_per_probe epochs_per_eval_save num_images_visualize num_variables_visualize "
+    "num_temperatures_visualize".split()
+)
+# Without effect, as in the original: accepted, and not shown.
+IDLE = frozenset(
+    "scale_encblock lr_prior wd_prior temperature epochs_per_probe epochs_per_eval_save".split()
+)
+DEFAULTS = {
+    name: False if kind is bool else default
+    for rows in OPTIONS.values()
+    for name, kind, default, _ in rows
+}
+
+
+def setting(H, name):
+    """H's value of an option, or the option's default where H has none.
+
+    H has none where a program made it, or its parser knows the original's options alone; or where
+    the parser has an option of that name with a meaning of its own (`add_own_options`).
+    """
+    taken = getattr(H, "taken_options", None) or ()
+    value = None if name in taken else getattr(H, name, None)
+    return DEFAULTS[name] if value is None else value
+
+
+# ---- the parser ----------------------------------------------------------------------------
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser that raises UserError, naming the nearest option for a mistyped one."""
+
+    def __init__(self, **kwargs):
+        kwargs.setdefault("formatter_class", argparse.ArgumentDefaultsHelpFormatter)
+        super().__init__(allow_abbrev=False, **kwargs)
+
+    def parse_args(self, args=None, namespace=None):
+        if "_ARGCOMPLETE" in os.environ:  # a shell asks how the line could go on
+            import argcomplete
+
+            argcomplete.autocomplete(self)
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            raise UserError(f"unknown option {unknown[0]!r}: {self._hint(unknown[0], parsed)}")
+        return parsed
+
+    def _hint(self, unknown, parsed):
+        """What an unknown option may have been meant to be: one of another command's, or near."""
+        takers = {option: [] for action in self._actions for option in action.option_strings}
+        own = set(takers)  # and those of the command that was given
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for command, parser in action.choices.items():
+                    options = [o for a in parser._actions for o in a.option_strings]
+                    if command == getattr(parsed, action.dest):
+                        own.update(options)
+                    for option in options:
+                        takers.setdefault(option, []).append(command)
+        name = unknown.split("=")[0]
+        if name in takers:
+            return f"it is an option of {', '.join(takers[name])}"
+        near = difflib.get_close_matches(name, takers, n=3)
+        words = [o if o in own else f"{o} (of {', '.join(takers[o])})" for o in near]
+        return f"did you mean {' or '.join(words)}?" if near else "see --help"
+
+    def error(self, message):
+        raise UserError(message)
+
+
+def add_options(parser, names, hps=None):
+    """Adds those options of the table to a parser, in groups; `hps`: presets that --hps takes.
+
+    Returns:
+        the names left out, for the parser has an option of that string already.
+    """
+    taken, groups = [], {group.title: group for group in parser._action_groups}
+    for title, rows in OPTIONS.items():
+        group = groups.get(title) or parser.add_argument_group(title)
+        if title == "run" and hps:
+            meaning = f"preset, or several with commas, later over earlier: {', '.join(hps)}"
+            action = group.add_argument("--hps", "--hparam_sets", dest="hparam_sets", help=meaning)
+            complete(action, hps)
+        for name, kind, default, meaning in rows:
+            if name not in names:
+                continue
+            if f"--{name}" in parser._option_string_actions:
+                taken.append(name)
+                continue
+            help = argparse.SUPPRESS if name in IDLE else meaning
+            if kind is bool:
+                group.add_argument(f"--{name}", action="store_true", help=help)
+            else:
+                action = group.add_argument(f"--{name}", type=kind, default=default, help=help)
+                if values := getattr(kind, "values", IMAGE_SETS if name == "dataset" else ()):
+                    complete(action, values)
+    return taken
+
+
+def add_own_options(parser):
+    """Adds the options that the original lacks, where the parser has none of that name.
+
+    Returns:
+        the names that it has, whose default then holds (H.taken_options, see `setting`).
+    """
+    return add_options(parser, DEFAULTS.keys() - PUBLISHED)
+
+
+def hparams_of(preset, overrides, add_vae_arguments, parse_args_and_update_hparams):
+    """A preset's hyperparameters with every option, by the parser functions of `hps`.
+
+    Returns:
+        Hyperparams, with image_size and image_channels of its data set.
+
+    Raises:
+        UserError: for an unknown preset or override, or what image_size_of refuses.
+    """
+    H, parser = Hyperparams(), OneLineParser()
+    add_vae_arguments(parser)
+    add_own_options(parser)
+    parse_args_and_update_hparams(H, parser, ["--hps", preset])
+    for name in overrides:
+        if name not in H:
+            near = difflib.get_close_matches(name, H, n=1)
+            hint = f"did you mean {near[0]}?" if near else "train.py --help lists them"
+            raise UserError(f"unknown hyperparameter {name!r}: {hint}")
+    H.update(overrides)
+    H.update(image_size=image_size_of(H.dataset, setting(H, "image_size")), image_channels=3)
+    return H

@@ -1,0 +1,194 @@
+"""Where images go: an .npz, a folder, a grid; after a break, beside other programs' files."""
+
+import fcntl
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from fakes import arr_0, nearly_equal, write_sample_folder
+from PIL import Image
+from runs import ROOT, environment, sample_in
+
+import sample
+from errors import UserError
+from hps import get_hparams
+from vae import VAE
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """ema.th, the weights of the preset digits; a.png and b.jpg, pictures of another size."""
+    return write_sample_folder(tmp_path_factory.mktemp("sample"))
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch):
+    """run("samples --n 4"): sample.py in this process, in a folder of its own."""
+    return sample_in(folder, tmp_path, monkeypatch)
+
+
+def test_folder_of_pngs(run, tmp_path):
+    run("samples --n 5 --out a.npz")
+    run("samples --n 3 --out pngs --n_batch 2")
+    assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == [
+        "000000.png", "000001.png", "000002.png", "settings.json",
+    ]  # fmt: skip
+    run("samples --n 5 --out pngs --n_batch 2")  # more of them
+    pngs = np.stack([np.asarray(Image.open(f"pngs/{i:06}.png")) for i in range(5)])
+    assert nearly_equal(pngs, arr_0("a.npz"))
+    (tmp_path / "pngs" / "000001.png.partial").touch()  # of a kill
+    run("samples --n 2 --out pngs --n_batch 2")  # fewer
+    assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == [
+        "000000.png", "000001.png", "settings.json",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="seed 0, not 1"):
+        run("samples --n 5 --out pngs --seed 1")
+    torch.save(VAE(get_hparams("digits")).state_dict(), tmp_path / "other.th")
+    with pytest.raises(UserError, match="made with weights [0-9a-f]{64}, not [0-9a-f]{64}"):
+        run("samples --n 5 --out pngs", weights="other.th")
+    run("samples --n 5 --out pngs --seed 1 --force")
+    assert np.asarray(Image.open("pngs/000000.png")).tolist() != pngs[0].tolist()
+
+
+def test_force_removes_nothing_of_others(run, tmp_path):
+    """A settings.json may be another program's, and other files may lie beside our own."""
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "settings.json").write_text("{}")
+    with pytest.raises(UserError, match="holds other files"):
+        run("samples --n 1 --out project --force")
+    assert (tmp_path / "project" / "settings.json").read_text() == "{}"
+    run("samples --n 2 --out pngs")
+    (tmp_path / "pngs" / "notes.txt").write_text("mine")
+    run("samples --n 1 --out pngs --seed 1 --force")
+    assert sorted(p.name for p in (tmp_path / "pngs").iterdir()) == [
+        "000000.png", "notes.txt", "settings.json",
+    ]  # fmt: skip
+
+
+def test_what_a_kill_or_another_program_has_left(run, tmp_path):
+    (tmp_path / "pngs").mkdir()
+    (tmp_path / "pngs" / "settings.json.partial").write_text('{"wei')
+    run("samples --n 1 --out pngs")
+    assert {p.name for p in (tmp_path / "pngs").iterdir()} == {"000000.png", "settings.json"}
+    for content in (b"", b"[]", b'{"weights": "1', b"\xff"):
+        (tmp_path / "pngs" / "settings.json").write_bytes(content)
+        (tmp_path / "a.npz.part.json").write_bytes(content)
+        for out, file in (("pngs", "pngs/settings.json"), ("a.npz", "a.npz.part.json")):
+            with pytest.raises(UserError, match=f"{file} does not tell.*name another --out"):
+                run(f"samples --n 1 --out {out}")
+            assert (tmp_path / file).read_bytes() == content
+    (tmp_path / "a.npz.part.json").unlink()
+    (tmp_path / "a.npz.part").write_text("another program's")
+    with pytest.raises(UserError, match="a.npz.part is there without a.npz.part.json"):
+        run("samples --n 1 --out a.npz")
+    assert (tmp_path / "a.npz.part").read_text() == "another program's"
+    (tmp_path / "a.png.partial").write_text("half a picture")
+    run("samples --n 1 --out a.png --force")
+    assert not (tmp_path / "a.png.partial").exists()
+
+
+def test_the_place_is_tried_before_anything_is_made(run, tmp_path, monkeypatch):
+    """And a grid, unlike an .npz or a folder, begins anew: its message promises nothing else."""
+    for name in ("forward_samples_set_latents", "forward_get_latents"):
+        monkeypatch.setattr(VAE, name, lambda *args: pytest.fail("made before the door"))
+    (tmp_path / "taken.png").touch()
+    for line in ("samples", "reconstruct a.png", "progressive", "progressive a.png"):
+        for out, words in (("no/such/g.png", "No such file.*--out$"), ("taken.png", "exists")):
+            with pytest.raises(UserError, match=words):
+                run(f"{line} --out {out}")
+    for out in ("no/such/a.npz", "a.png/folder"):
+        with pytest.raises(UserError, match="can't be written.*then goes on$"):
+            run(f"samples --out {out}")
+    with pytest.raises(UserError, match=r"No such file.*another --out$"):
+        run("encode a.png --out no/such/a.npz")
+
+
+def test_a_killed_run_goes_on_where_it_stopped(run, tmp_path):
+    """SIGKILL in the middle; then the same command, and the file is that of a run in one go."""
+    line = "samples --n 40 --n_batch 4 --out killed.npz"
+    argv = [sys.executable, ROOT / "sample.py", "--restore_ema_path", "ema.th", *line.split()]
+    process = subprocess.Popen(argv, env=environment(), cwd=tmp_path)
+    part, deadline = tmp_path / "killed.npz.part", time.monotonic() + 60
+    while not (part.exists() and part.stat().st_size > 8 * 8 * 3 * 4):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = part.stat().st_size
+    assert not (tmp_path / "killed.npz").exists() and done < 40 * 8 * 8 * 3
+    part.write_bytes(part.read_bytes()[: 8 * 8 * 3 * 4] + b"in the middle of an image")
+    kept = part.read_bytes()[: 8 * 8 * 3 * 4]
+    settings = part.with_name("killed.npz.part.json").read_bytes()
+    with pytest.raises(UserError, match="temperature 1.0, not 0.5"):
+        run(f"{line} --temperature 0.5")
+    with_option = json.loads(settings) | {"dec_blocks": "1x2,4m1,8m4"}
+    part.with_name("killed.npz.part.json").write_text(json.dumps(with_option))
+    with pytest.raises(UserError, match="dec_blocks 1x2,4m1,8m4, not None"):
+        run(line)
+    part.with_name("killed.npz.part.json").write_bytes(settings)
+    with open(part, "rb") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="is being written by another process"):
+            run(line)
+    made, forward = [], VAE.forward_uncond_samples
+    VAE.forward_uncond_samples = lambda self, n, *args: made.append(n) or forward(self, n, *args)
+    try:
+        run(line)
+    finally:
+        VAE.forward_uncond_samples = forward
+    assert sum(made) == 36  # the first batch was there
+    run("samples --n 40 --n_batch 4 --out whole.npz")
+    assert (tmp_path / "killed.npz").read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    assert arr_0("killed.npz")[:4].tobytes() == kept
+    # A run that was to make more was killed.
+    part.write_bytes(arr_0("whole.npz").tobytes())
+    part.with_name("killed.npz.part.json").write_bytes(settings)
+    (tmp_path / "killed.npz").rename(tmp_path / "resumed.npz")
+    run("samples --n 30 --n_batch 4 --out killed.npz")
+    assert np.array_equal(arr_0("killed.npz"), arr_0("whole.npz")[:30])
+    size = (tmp_path / "whole.npz").stat().st_size - 10 * 8 * 8 * 3
+    assert (tmp_path / "killed.npz").stat().st_size == size
+    assert not list(tmp_path.glob("*part*"))
+
+
+def test_progressive_goes_on_with_the_same_columns_alone(run, monkeypatch, tmp_path):
+    """The place of an image depends on how many there are in a row."""
+    line, decoded, calls = "progressive --n_batch 2 --out p.npz", sample.decoded, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return decoded(*args)
+
+    monkeypatch.setattr(sample, "decoded", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(f"{line} --n 4")
+    with pytest.raises(UserError, match="columns 4, not 6"):
+        run(f"{line} --n 6")
+    run(f"{line} --n 4")
+    assert len(calls) == 3 + 4 and arr_0("p.npz").shape == (12, 8, 8, 3)
+
+
+@pytest.mark.parametrize(
+    "line, width, height",
+    [
+        ("samples --n 20 --out g.PNG", 8 * 132, 3 * 132),
+        ("samples --n 400 --out g.png", 20 * 68, 20 * 68),
+        ("reconstruct a.png b.jpg --out g.png", 2 * 132, 2 * 132),
+        ("interpolate a.png b.jpg --steps 3 --out g.png", 5 * 132, 132),
+        ("progressive a.png b.jpg --out g.png", 2 * 132, 4 * 132),
+    ],
+)
+def test_grids(run, line, width, height):
+    run(line)
+    picture = Image.open(line.split()[-1])
+    # Images of 8 pixels are enlarged to 128 or 64; beside and above them stand the words.
+    assert width < picture.width < width + 250 and height < picture.height < height + 50
+    pixels = np.asarray(picture)
+    assert (pixels[: picture.height - height] < 128).any()
