@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from endings import SIGNALS, die_with_parent
 from errors import UserError
 from image_sets import IMAGE_SETS
 from launchers import resolve_device, world
@@ -118,13 +119,14 @@ def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _leave_signals_to_the_parent(_):
+def begin_worker(_):
     """In a loader worker: a signal to the whole process group is a request to the run, not to it.
 
-    The worker ends when the run does.
+    The worker ends when the run does, however that ends.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    die_with_parent()
 
 
 def make_loader(H, images, **batching):
@@ -146,7 +148,7 @@ def make_loader(H, images, **batching):
         images,
         num_workers=workers,
         pin_memory=cuda,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=begin_worker,
         generator=torch.Generator(),
         **batching,
     )

@@ -6,6 +6,8 @@ not: those are gone, or stopped as a whole.
 """
 
 import contextlib
+import ctypes
+import itertools
 import os
 import signal
 import sys
@@ -20,9 +22,13 @@ from launchers import World, world
 from logs import print_line
 from processes import store
 
-ANSWER_S = 5  # seconds that the others have to answer: their threads look twice a second
+ANSWER_S = 4  # seconds that the others have to answer: their threads look twice a second
+ALIVE_S = 2  # seconds between signs of life
+LOOK_S = 0.5  # seconds between looks at them
+SILENT_S = 5  # without a sign of life for so long, a rank is lost
+ASLEEP_S = 4  # a thread that did not run for so long was suspended with its process, or its host
 
-_last_sign = None  # time of this process's last sign of progress; None before its first step
+_last_step = None  # time of this process's last sign of progress; None before its first step
 _left = threading.Event()  # set when all has gone well and no process is missed any more
 _ending = threading.Lock()  # held by whichever thread ends the process
 
@@ -32,76 +38,142 @@ _ending = threading.Lock()  # held by whichever thread ends the process
 
 def heartbeat(step=None):
     """Tells the watch, and with a step the other processes too, that this process goes on."""
-    global _last_sign
-    _last_sign = time.monotonic()
+    global _last_step
+    _last_step = time.monotonic()
     if store() is not None and step is not None:
         store().set(f"step/{world().rank}", str(step))
 
 
+class _Watch:
+    """Two threads that end this process if another is ending, is lost, or this one takes no step.
+
+    One speaks with the table through a connection of its own, which may hang with the host that
+    serves it; the other looks at what came of it. A rank lives as long as its count goes up; that
+    its main thread hangs, it notices by itself.
+    """
+
+    def __init__(self, table, timeout):
+        self.table, self.timeout = table.clone(), timeout
+        self.ending = self.lost = False
+        self.signs = {}  # rank → (its count, when that was new)
+        self.answered = self.looked = time.monotonic()
+        for function in (self.speak, self.look):
+            threading.Thread(target=function, daemon=True).start()
+
+    def speak(self):
+        """Counts up in the table, and reads there how far the others have counted."""
+        try:
+            for count in itertools.count():
+                if count % round(ALIVE_S / LOOK_S) == 0:
+                    self.table.set(f"alive/{world().rank}", str(count))
+                    self.read_signs()
+                self.ending = self.ending or self.table.check(["ending"])
+                self.answered = time.monotonic()
+                if _left.wait(LOOK_S):
+                    return
+        except (dist.DistError, RuntimeError):
+            self.lost = True
+
+    def read_signs(self):
+        """Notes which ranks have counted up; those that have not begun are not missed."""
+        ranks = range(world().size)
+        begun = [r for r in ranks if r in self.signs or self.table.check([f"alive/{r}"])]
+        counts = self.table.multi_get([f"alive/{r}" for r in begun]) if begun else []
+        for r, count in zip(begun, counts, strict=True):
+            if count != self.signs.get(r, (None,))[0]:
+                self.signs[r] = count, time.monotonic()
+
+    def silent(self):
+        """The ranks that gave no sign of life for SILENT_S."""
+        now = time.monotonic()
+        return [r for r, (_, when) in list(self.signs.items()) if now - when > SILENT_S]
+
+    def unanswered(self):
+        """Whether the table itself is gone, or has not answered for SILENT_S."""
+        return self.lost or time.monotonic() - self.answered > SILENT_S
+
+    def look(self):
+        """Ends this process where that is called for."""
+        while not _left.wait(LOOK_S):
+            now = time.monotonic()
+            if now - self.looked > ASLEEP_S:  # all of the job may have been: count anew
+                self.answered = now
+                self.signs = {r: (sign, now) for r, (sign, _) in self.signs.items()}
+            self.looked = now
+            begun = _last_step is not None  # before, a long import may hold all threads
+            stuck = begun and now - _last_step > self.timeout
+            if self.ending or self.lost:
+                text = "another process has ended"
+            elif stuck:
+                text = f"no step for {self.timeout:g} s"
+            elif begun and (self.unanswered() or self.silent()):
+                text = f"no sign of life from another process for {SILENT_S} s"
+            else:
+                continue
+            if not _left.is_set():
+                _end_process(1, text, lost=True)
+
+
+_watch = None  # of this process, where there are several
+
+
 def start_watch(timeout):
-    """Starts the thread that ends this process if another is ending or this one takes no step.
+    """Starts the watch over this process and the others of its run.
 
     Args:
         timeout: seconds without a step after which this process is given up.
     """
-    if store() is not None:
-        threading.Thread(target=_watch, args=(timeout,), daemon=True).start()
-
-
-def _watch(timeout):
-    """Ends this process if another is ending, or if its own last step is too long ago."""
-    while not _left.wait(0.5):
-        try:
-            ending = store().check(["ending"])
-        except dist.DistError:
-            ending = True
-        silent = _last_sign is not None and time.monotonic() - _last_sign > timeout
-        if (ending or silent) and not _left.is_set():
-            text = f"no step for {timeout:g} s" if silent else "another process has ended"
-            _end_process(1, text, lost=True)
+    global _watch
+    if store() is not None and _watch is None:
+        _watch = _Watch(store(), timeout)
 
 
 def _roll_call(what):
     """Tells the others what this process does, and asks them: lines of text on who is to blame."""
-    me, to_blame, others = world(), [], []
+    me, table, to_blame, others = world(), store(), [], []
+    gone = ["rank 0, or the host it ran on, is gone or can't be reached"]
 
     def wait_for(key, ranks):
         missing, deadline = set(ranks), time.monotonic() + ANSWER_S
         while missing and time.monotonic() < deadline:
-            missing = {r for r in missing if not store().check([f"{key}/{r}"])}
+            missing = {r for r in missing if not table.check([f"{key}/{r}"])}
             time.sleep(0.1)
         return missing
 
     def ask():
-        store().set(f"here/{me.rank}", what)
-        store().set("ending", "1")
-        missing = wait_for("here", range(me.size))
+        table.set(f"here/{me.rank}", what)
+        table.set("ending", "1")
+        silent = set(_watch.silent())
+        missing = wait_for("here", set(range(me.size)) - silent)
+        missing |= {r for r in silent if not table.check([f"here/{r}"])}
         steps = {
-            r: int(store().get(f"step/{r}")) for r in range(me.size) if store().check([f"step/{r}"])
+            r: int(table.get(f"step/{r}")) for r in range(me.size) if table.check([f"step/{r}"])
         }
         for r in range(me.size):
-            said = "" if r in missing else store().get(f"here/{r}").decode()
+            said = "" if r in missing else table.get(f"here/{r}").decode()
             line = f"rank {r} {said or 'is gone or hangs'} in step {steps.get(r, 'none')}"
             behind = steps.get(r, 0) < max(steps.values(), default=0)
             if r in missing or said.startswith("raised ") or behind:
                 to_blame.append(line)
             else:
                 others.append(line)
-        store().set(f"heard/{me.rank}", "1")
-        if me.rank == 0:  # with it goes the store
+        table.set(f"heard/{me.rank}", "1")
+        if me.rank == 0:  # with it goes the table
             wait_for("heard", set(range(me.size)) - missing)
 
     def ask_and_excuse():
         try:
             ask()
-        except dist.DistError:
-            to_blame.append("rank 0, or the host it ran on, is gone or can't be reached")
+        except (dist.DistError, RuntimeError):
+            to_blame.extend(gone)
 
+    if _watch is None or _watch.unanswered():
+        return gone
     # In a thread of its own: over a dead link an answer may never come.
     asking = threading.Thread(target=ask_and_excuse, daemon=True)
     asking.start()
-    asking.join(2 * ANSWER_S + 2)
-    return to_blame or others or ["rank 0, or the host it ran on, can't be reached"]
+    asking.join(2 * ANSWER_S + 1)
+    return to_blame or others or gone
 
 
 def _place():
@@ -114,41 +186,63 @@ def _place():
 # ---- signals -------------------------------------------------------------------------------
 
 
+# What schedulers send before a limit, or may be asked to send. One that is ignored stays ignored.
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGURG", "SIGPWR")
+    if hasattr(signal, name)
+]
+
+
 class Stopped(Exception):
     """A signal asked the run to stop, and all its processes have: `status` is 128 + its number."""
 
     def __init__(self, message):
-        super().__init__(f"{message} ({signal.Signals(stop.signal or signal.SIGTERM).name})")
-        self.status = 128 + (stop.signal or signal.SIGTERM)
+        number = stop.number()
+        super().__init__(f"{message} ({signal.Signals(number).name})")
+        self.status = 128 + number
 
 
 class _StopRequest:
-    """SIGTERM and SIGINT as a request to stop after the step, on all ranks alike.
+    """SIGNALS as a request to stop after the step, on all ranks alike.
 
-    `signal` is the one that this process got, None without; `agreed` says that all ranks know of
+    `signal` is the first that this process got, None without; `agreed` says that all ranks know of
     one, and in the same step.
     """
 
     signal = None
     agreed = False
+    interrupted = None  # time of the first SIGINT
 
     def listen(self):
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._note)
+        for number in SIGNALS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._note)
 
     def _note(self, number, _):
-        if self.signal is None:
-            self.signal, self.since = number, time.monotonic()
-        # A launcher passes on what the terminal or scheduler has sent to all of its group: a
-        # signal that comes with the first one is the same.
-        elif time.monotonic() - self.since > 2:
-            os._exit(128 + number)
+        self.signal = self.signal or number
+        if number == signal.SIGINT:
+            # A terminal sends it to the whole group, and the launcher passes it on: one that comes
+            # with the first is the same. The second is impatience.
+            self.interrupted = self.interrupted or time.monotonic()
+            if time.monotonic() - self.interrupted > 2:
+                os._exit(128 + number)
+
+    def announce(self):
+        """Tells the other processes of this one's signal: 1.0 with one, 0.0 without."""
+        if self.signal and store() is not None:
+            store().set("stop", str(int(self.signal)))
+        return float(self.signal is not None)
 
     def requested(self):
         """Whether this process or another got a signal; between steps, as in an evaluation."""
-        if self.signal and store() is not None:
-            store().set("stop", "1")
-        return bool(self.signal) or (store() is not None and store().check(["stop"]))
+        return bool(self.announce()) or (store() is not None and store().check(["stop"]))
+
+    def number(self):
+        """The signal's number, this process's or another's."""
+        if self.signal is None and store() is not None and store().check(["stop"]):
+            return int(store().get("stop"))
+        return int(self.signal or signal.SIGTERM)
 
 
 stop = _StopRequest()
@@ -195,16 +289,39 @@ def _end_process(status, text, lost=False):
 
 
 def _leave(status):
-    """Takes leave of the other processes, all having come to the end, and ends this one."""
-    _left.set()
+    """Takes leave of the other processes, all having come to the end, and ends this one.
+
+    Until all have, the watch goes on: another may still fail, in its last save.
+    """
+    table, me = store(), world()
+    if table is not None:
+        everyone = range(me.size)
+        table.set(f"done/{me.rank}", "1")
+        while not all(table.check([f"done/{r}"]) for r in everyone):
+            heartbeat()  # to wait for another's last save is no hanging
+            time.sleep(0.05)
+        _left.set()
+        table.set(f"left/{me.rank}", "1")
+        if me.rank == 0:  # with it goes the table
+            deadline = time.monotonic() + ANSWER_S
+            while time.monotonic() < deadline:
+                if all(table.check([f"left/{r}"]) for r in everyone):
+                    break
+                time.sleep(0.02)
     if dist.is_initialized():
-        dist.barrier()
         dist.destroy_process_group()
-        if world().launcher == "mpi":
+        if me.launcher == "mpi":
             from mpi4py import MPI
 
             MPI.Finalize()
     _exit(status)
+
+
+def die_with_parent(number=signal.SIGKILL):
+    """Has the system send this process a signal when the one that started it ends (Linux)."""
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None, use_errno=True)
+        libc.prctl(1, int(number), 0, 0, 0)  # PR_SET_PDEATHSIG
 
 
 def _exit(status):
@@ -221,7 +338,7 @@ def _exit(status):
 def run_command(main):
     """Runs an entry point and ends the process, and the others of its run, as the outcome says.
 
-    Status 0: done; 2: a UserError, printed in one line; 143 or 130: stopped by SIGTERM or SIGINT;
+    Status 0: done; 2: a UserError, printed in one line; 128 + n: stopped by signal n;
     1: another process is lost, or any other exception, with its traceback.
     """
     sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from batches import Images, cores
+from batches import Images, begin_worker, cores
 from errors import UserError
 from files import read_json, write_json
 from image_files import SUFFIXES, NpyImages, decode, fit, list_images, open_npy, write_npy
@@ -65,6 +65,7 @@ def pack_images(root, names, size, out):
             batch_size=16,
             num_workers=cores() if len(names) > 100 else 0,
             collate_fn=list,
+            worker_init_fn=begin_worker,
             generator=torch.Generator(),
         )
         numbers = iter(names)

@@ -3,11 +3,15 @@
 import datetime
 import os
 import socket
+import time
+import uuid
 
+import torch
 import torch.distributed as dist
 
-from errors import UserError
-from launchers import first_host, world
+from errors import UserError, reason_of
+from launchers import first_host, port_of_job, world
+from options import DEFAULTS
 
 _store = None  # the processes' common table of keys and values, where there are several
 
@@ -17,55 +21,189 @@ def store():
     return _store
 
 
-def join_processes(device_type, port, timeout):
+def join_processes(device, port, timeout):
     """Joins the processes of the run into torch.distributed's default group (NCCL or gloo).
 
-    Rank 0 listens on `port`, or under MPI on a free one that it then tells the others. `timeout`,
-    in seconds, is how long a process waits for the others before it gives them up.
+    Args:
+        device: this process's, "cpu" or "cuda:<index>".
+        port: where rank 0 listens; under MPI a free one if it is taken, which the others are told.
+        timeout: seconds that a process waits for the others before it gives them up.
 
     Raises:
-        UserError: if the port is taken and there is no way to agree on another, or the launcher's
-            variables name no meeting point.
+        UserError: if they do not meet: the port is taken, by another job perhaps, a host can't be
+            reached, a rank does not come, or two ranks have the same GPU.
     """
     global _store
     me = world()
     if me.size == 1 or dist.is_initialized():
         return
-    backend, limit = "nccl" if device_type == "cuda" else "gloo", datetime.timedelta(0, timeout)
-    if me.launcher == "torchrun":
-        try:
-            _store, _, _ = next(dist.rendezvous("env://", timeout=limit))
-        except (ValueError, dist.DistError) as error:
-            raise UserError(
-                f"the launcher's variables lead to no meeting point of the {me.size} processes "
-                f"({str(error).splitlines()[0]}): start through torchrun"
-            ) from None
-    else:
-        if me.launcher == "mpi":
-            from mpi4py import MPI
-
-            host = "127.0.0.1" if me.local_size == me.size else socket.gethostname()
-            table = _listen(host, port, me.size, retry=True) if me.rank == 0 else None
-            address = (host, table.port) if table else None
-            host, port = MPI.COMM_WORLD.bcast(address, root=0)
-        else:
-            host = first_host(os.environ)
-            table = _listen(host, port, me.size, retry=False) if me.rank == 0 else None
-        if me.rank != 0:
-            table = dist.TCPStore(host, port, me.size, is_master=False, timeout=limit)
-        _store = table
-    # The watch comes first: it says who is missing, where NCCL's own would abort the process.
-    later = limit + datetime.timedelta(seconds=2)
-    dist.init_process_group(backend, store=_store, rank=me.rank, world_size=me.size, timeout=later)
-
-
-def _listen(host, port, size, retry):
+    limit = datetime.timedelta(0, timeout)
+    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        return dist.TCPStore(host, port, size, is_master=True, wait_for_workers=False)
-    except dist.DistNetworkError:
-        if retry:
-            return dist.TCPStore(host, 0, size, is_master=True, wait_for_workers=False)
-        raise UserError(f"port {port} is taken on {host}: choose a free one with --port") from None
+        if me.launcher == "torchrun" and by_agent:
+            table, answer = _join_attempt(_connect(*_master(), me.size, limit))
+        else:
+            table, answer = _join_job(port, limit), None
+        _await_all(table, device, timeout, answer)
+        _store = table
+        # The watch comes first: it says who is missing, where NCCL's own would abort the process.
+        later = limit + datetime.timedelta(seconds=60)
+        backend = "gloo" if device == "cpu" else "nccl"
+        dist.init_process_group(
+            backend, store=table, rank=me.rank, world_size=me.size, timeout=later
+        )
+    except (dist.DistError, RuntimeError) as error:
+        raise UserError(
+            f"rank {me.rank} of {me.size} could not join the others within {timeout:g} s "
+            f"({reason_of(error)[:200]}): check that all ranks start, that their hosts reach each "
+            f"other, and --port"
+        ) from None
+
+
+def _master():
+    """(host, port) that RANK's launcher names."""
+    try:
+        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError):
+        raise UserError(
+            f"the launcher's variables lead to no meeting point: MASTER_ADDR is "
+            f"{os.environ.get('MASTER_ADDR')!r}, MASTER_PORT {os.environ.get('MASTER_PORT')!r}; "
+            f"start through torchrun, or set a host and a port"
+        ) from None
+
+
+def _connect(host, port, size, limit):
+    """The table that rank 0, or torchrun's agent, serves; nothing is written there."""
+    deadline = time.monotonic() + limit.total_seconds()
+    while True:  # the store's own attempts print a page for each that fails
+        try:
+            socket.create_connection((host, port), timeout=limit.total_seconds()).close()
+            return dist.TCPStore(host, port, size, False, limit, wait_for_workers=False)
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"{host}, port {port}, does not answer within {limit.total_seconds():g} s "
+                    f"({error.strerror or error}): check that rank 0 starts, that this host "
+                    f"reaches it by that name, and --port"
+                ) from None
+            time.sleep(0.1)
+
+
+def _listen(port, size, limit, else_free):
+    """A new table, served on a port of all addresses.
+
+    A port is tried for PORT_S: the processes of a run that has just ended may still hold it.
+    """
+    deadline = time.monotonic() + PORT_S
+    while True:
+        try:
+            # By its own address: the name of the host need not be known to it.
+            return dist.TCPStore("127.0.0.1", port, size, True, limit, wait_for_workers=False)
+        except dist.DistNetworkError:
+            if else_free:
+                port = 0
+            elif time.monotonic() > deadline:
+                raise UserError(
+                    f"port {port} is taken on {socket.gethostname()}: another job may use it; "
+                    f"choose a free one with --port (or MASTER_PORT)"
+                ) from None
+            else:
+                time.sleep(0.25)
+
+
+PORT_S = 10  # seconds
+
+
+def _join_job(port, limit):
+    """The table of this job, served by its rank 0, in which each rank has taken its place.
+
+    A process that meets another job's table writes nothing there.
+    """
+    me = world()
+    job, host = me.job, first_host(os.environ)
+    if me.launcher == "torchrun":
+        host, port = _master()
+    elif port == DEFAULTS["port"]:  # none was given
+        port = port_of_job(job, port)
+    if me.rank == 0:
+        table = _listen(port, me.size, limit, else_free=me.launcher == "mpi")
+        table.set("job", job or "")
+    if me.launcher == "mpi":
+        from mpi4py import MPI
+
+        mine = "127.0.0.1" if me.local_size == me.size else socket.gethostname()
+        host, port = MPI.COMM_WORLD.bcast((mine, table.port) if me.rank == 0 else None, root=0)
+    if me.rank != 0:
+        table = _connect(host, port, me.size, limit)
+        found = table.get("job").decode()
+        if found != (job or ""):
+            raise UserError(
+                f"port {port} of {host} is that of another job ({found or 'without a name'}): "
+                f"choose another with --port (or MASTER_PORT)"
+            )
+    nonce = uuid.uuid4().hex
+    if table.compare_set(f"place/{me.rank}", "", nonce).decode() != nonce:
+        raise UserError(
+            f"port {port} of {host} is that of another job, which has a rank {me.rank} already: "
+            f"choose another with --port (or MASTER_PORT)"
+        )
+    return table
+
+
+def _join_attempt(table):
+    """This attempt's part of the table of torchrun's agents, which has what earlier ones wrote.
+
+    The agents' counts of restarts may differ, so rank 0 gives the attempt a name: to whoever asks
+    with a word of its own, new in every attempt.
+
+    Returns:
+        (part of the table, on rank 0 a function that answers those who ask).
+    """
+    me, word = world(), uuid.uuid4().hex
+    table.set(f"ask/{me.rank}", word)
+    if me.rank:
+        return dist.PrefixStore(table.get(f"answer/{word}").decode(), table), None
+    name, answered = f"attempt {word}", set()
+
+    def answer():
+        for r in range(1, me.size):
+            if table.check([f"ask/{r}"]) and (asked := table.get(f"ask/{r}").decode()):
+                if asked not in answered:  # in an earlier attempt perhaps: then no one listens
+                    answered.add(asked)
+                    table.set(f"answer/{asked}", name)
+
+    return dist.PrefixStore(name, table), answer
+
+
+def _await_all(table, device, timeout, answer=None):
+    """Waits until all ranks have come, each with a device of its own; meanwhile calls answer()."""
+    me = world()
+    table.set(f"device/{me.rank}", _identity_of(device))
+    missing, deadline = set(range(me.size)), time.monotonic() + timeout
+    while missing := {r for r in missing if not table.check([f"device/{r}"])}:
+        if answer:
+            answer()
+        if time.monotonic() > deadline:
+            raise UserError(
+                f"no sign of rank {', '.join(map(str, sorted(missing)))} within {timeout:g} s: "
+                f"check that all {me.size} processes start, or raise --timeout"
+            )
+        time.sleep(0.02)
+    owners = {}
+    for r in range(me.size):
+        device = table.get(f"device/{r}").decode()
+        if device and owners.setdefault(device, r) != r:
+            raise UserError(
+                f"ranks {owners[device]} and {r} have the same GPU ({device}): start as many "
+                f"processes on a host as it has GPUs, or give each its own (CUDA_VISIBLE_DEVICES)"
+            )
+
+
+def _identity_of(device):
+    """A GPU's UUID; nothing for the CPU, which several processes may share."""
+    if device == "cpu":
+        return ""
+    return str(torch.cuda.get_device_properties(device).uuid)
 
 
 def describe_processes():

@@ -96,7 +96,7 @@ def training_step(H, data_input, target, vae, ema_vae, optimizer, iterate):
             "rate_nans": stats["rate"].isnan(),
             "distortion_nans": stats["distortion"].isnan(),
             "grad_norm": norm,
-            "stop": float(stop.signal is not None),
+            "stop": stop.announce(),
         }
     )
     stop.agreed = stats.pop("stop") > 0

@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import signal
 import warnings
 
 import numpy as np
@@ -14,10 +15,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from checkpoints import write_checkpoint
 from data import mkdir_p  # noqa: F401  programs import it from here
-from endings import start_watch
+from endings import die_with_parent, start_watch
 from fused import allow_tf32
 from hps import Hyperparams, add_vae_arguments, parse_args_and_update_hparams
-from launchers import resolve_device, world
+from launchers import lone_warning, resolve_device, world
 from logs import is_buffered
 from optimizers import linear_warmup, make_optimizer, restore_optimizer
 from options import OneLineParser, add_own_options, setting
@@ -67,7 +68,7 @@ def set_up_hyperparams(s=None):
         logprint(type="hparam", key=key, value=H[key])
     np.random.seed(H.seed % 2**32)
     torch.manual_seed(H.seed)  # all ranks alike: it makes the weights
-    for line in describe_processes():
+    for line in [*describe_processes(), *filter(None, [lone_warning(os.environ)])]:
         logprint(line)
     for name in taken:
         logprint(f"--{name} has another meaning in this hps.py: train.py's own keeps its default")
@@ -94,8 +95,10 @@ def setup_mpi(H):
         torch.set_num_threads(max(1, torch.get_num_threads() // world().local_size))
     allow_tf32(setting(H, "precision") == "tf32")
     torch.backends.cudnn.benchmark = setting(H, "cudnn_benchmark")
-    join_processes(device.split(":")[0], setting(H, "port"), setting(H, "timeout"))
+    join_processes(device, setting(H, "port"), setting(H, "timeout"))
     start_watch(setting(H, "timeout"))
+    if world().launcher == "torchrun":  # an agent that dies of a signal leaves its processes alone
+        die_with_parent(signal.SIGTERM)
 
 
 def setup_save_dirs(H):

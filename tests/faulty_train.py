@@ -32,6 +32,8 @@ class Fault:
         def wrapped(H, x, target, vae, ema_vae, optimizer, iterate):
             hooks = []
             kind = self.kinds.get(next(calls))
+            if "FIRST_ATTEMPT_ALONE" in os.environ:
+                kind = kind if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else None
             if kind and train.world().rank == self.rank:
                 hooks = self.strike(kind, x, target, vae)
             stats = original(H, x, target, vae, ema_vae, optimizer, iterate)

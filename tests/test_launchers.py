@@ -18,7 +18,6 @@ TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
     "env, world",
     [
         ({}, World()),
-        ({"RANK": "3"}, World()),  # not torchrun's: it sets all of them
         (TORCHRUN, World(5, 8, 1, 4, "torchrun")),
         (SRUN, World(3, 4, 1, 2, "slurm")),
         (SRUN | TORCHRUN, World(5, 8, 1, 4, "torchrun")),  # torchrun inside srun

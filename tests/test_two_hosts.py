@@ -55,7 +55,7 @@ def link():
             ip("netns", "del", name, check=False)
 
 
-def start(folder, *options):
+def start(folder, *options, restarts=0):
     """One process on each host, joined through torchrun's rendezvous on the first."""
     processes = []
     for rank, (name, host) in enumerate(zip(NAMES, HOSTS, strict=True)):
@@ -63,8 +63,9 @@ def start(folder, *options):
             *("ip", "netns", "exec", name, BIN / "torchrun", "--nnodes", "2", "--nproc_per_node"),
             *("1", "--rdzv_backend", "c10d", "--rdzv_id", "run", "--local_addr", host),
             *("--rdzv_endpoint", f"{HOSTS[0]}:29411", "--rdzv_conf", f"is_host={1 - rank}"),
+            *("--max-restarts", str(restarts)),
         ]
-        with open(folder / f"out{rank}", "w") as file:
+        with open(folder / f"out{rank}", "a") as file:
             processes.append(
                 subprocess.Popen(
                     [*torchrun, "train.py", *RUN, *options, "--save_dir", folder],
@@ -121,7 +122,7 @@ def test_a_link_is_cut(link, tmp_path):
     finally:
         end(processes)
     texts = [(tmp_path / f"out{rank}").read_text() for rank in range(2)]
-    assert re.search(r"rank 0: error: (no step for 6 s|lost contact)", texts[0])
+    assert re.search(r"rank 0: error: (no step for 6 s|lost contact|no sign of life)", texts[0])
     assert "rank 0: rank 1 is gone or hangs in step" in texts[0]
     assert "rank 1: rank 0, or the host it ran on," in texts[1]
     saved = check_latest(tmp_path / "test")
@@ -136,3 +137,31 @@ def test_a_link_is_cut(link, tmp_path):
         end(processes)
     assert "resuming from" in (tmp_path / "out0").read_text()
     assert check_latest(tmp_path / "test") == int(epochs) * 13
+
+
+def wait_for(condition, processes, folder, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline and not any(p.poll() for p in processes), [
+            (folder / f"out{rank}").read_text()[-3000:] for rank in range(2)
+        ]
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_elastic_restarts_of_two_hosts(link, tmp_path):
+    """A rank is killed on each host in turn: the agents need not count the same restarts."""
+    folder = tmp_path / "test"
+    processes = start(tmp_path, "--num_epochs", "100000", restarts=3)
+    resumed = lambda: (tmp_path / "out0").read_text().count("resuming from")  # noqa: E731
+    try:
+        wait_for(lambda: check_latest(folder), processes, tmp_path)
+        for times, name in enumerate(reversed(NAMES), start=1):
+            [pid] = training(name)
+            os.kill(int(pid), signal.SIGKILL)
+            wait_for(lambda times=times: resumed() == times, processes, tmp_path)
+            saved = check_latest(folder)
+            wait_for(lambda saved=saved: check_latest(folder) > saved + 8, processes, tmp_path)
+    finally:
+        end(processes)
+    assert resumed() == 2

@@ -1,0 +1,320 @@
+"""Jobs that start: what each launcher tells, two jobs side by side, processes that do not meet."""
+
+import itertools
+import subprocess
+import time
+
+import pytest
+import torch
+from runs import BIN, ENV, ROOT, SMALL, Run, check_latest, command, events, free_port, hashes
+
+import launchers
+import processes
+from errors import UserError
+from launchers import World, find_world, first_host, port_of_job, resolve_device
+
+STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"}
+LONG = [
+    *SMALL,
+    "--n_batch",
+    "50",
+    "--num_epochs",
+    "100000",
+    "--iters_per_save",
+    "4",
+    "--timeout",
+    "20",
+]
+SHORT = [*SMALL, "--n_batch", "50", "--num_epochs", "1", "--timeout", "20"]
+
+
+def slurm(rank, size, job=None):
+    env = STEP | {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank)}
+    env |= {"SLURM_STEP_NUM_TASKS": str(size), "SLURM_STEP_TASKS_PER_NODE": str(size)}
+    return env | ({"SLURM_JOB_ID": job} if job else {})
+
+
+def hands(rank, size, port):
+    env = {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)}
+    return env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def job(argv, folder, environments):
+    folder.mkdir()
+    return [
+        Run([*argv, "--save_dir", folder], folder / f"out{rank}", None, env)
+        for rank, env in enumerate(environments)
+    ]
+
+
+def wait_until_saved(folder, runs):
+    deadline = time.monotonic() + 120
+    while not check_latest(folder / "test"):
+        assert time.monotonic() < deadline and all(r.process.exitcode is None for r in runs), (
+            folder / "out0"
+        ).read_text()[-2000:]
+        time.sleep(0.05)
+
+
+# ---- what launchers tell ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "env, world",
+    [
+        (slurm(3, 4), World(3, 4, 3, 4, "slurm")),
+        (slurm(1, 2, "77"), World(1, 2, 1, 2, "slurm", "slurm 77.0.0")),
+        (slurm(1, 2, "7") | {"SLURM_RESTART_COUNT": "2"},
+         World(1, 2, 1, 2, "slurm", "slurm 7.0.2")),
+        # srun that speaks PMI itself
+        (slurm(1, 2) | {"PMI_RANK": "1", "PMI_SIZE": "2"}, World(1, 2, 1, 2, "slurm")),
+        (slurm(1, 2) | {"PMIX_RANK": "1"}, World(1, 2, 1, 2, "slurm")),
+        # set by hand, one process a host
+        ({"RANK": "1", "WORLD_SIZE": "2"}, World(1, 2, 0, 1, "torchrun")),
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
+         World(1, 4, 1, 2, "torchrun")),
+        ({"WORLD_SIZE": "1"}, World()),
+        ({"SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, World()),  # a script
+        ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, World()),  # salloc's shell
+    ],
+)  # fmt: skip
+def test_world(env, world):
+    assert find_world(env) == world
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE"),
+        ("MV2_COMM_WORLD_RANK", "MV2_COMM_WORLD_SIZE"),
+        ("JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE"),
+        ("PMI_RANK", "PMI_SIZE"),
+        ("PMIX_RANK",),
+    ],
+)
+def test_world_of_mpi_is_that_of_its_library(variables, monkeypatch):
+    """Which, in this test, knows three processes: where there is one, the library is another's."""
+    asked = []
+    monkeypatch.setattr(
+        launchers, "_mpi_world", lambda size: asked.append(size) or World(2, 3, 0, 1, "mpi")
+    )
+    env = dict(zip(variables, ("2", "3"), strict=False))
+    # within a job of SLURM, whose variables are then those of mpiexec's proxy
+    for more in ({}, slurm(0, 1)):
+        assert find_world(env | more).launcher == ("slurm" if more and len(env) == 1 else "mpi")
+    assert asked[0] == (3 if len(variables) == 2 else None)
+
+
+@pytest.mark.parametrize(
+    "env, words",
+    [
+        ({"RANK": "1"}, ["RANK", "'1'", "without WORLD_SIZE"]),
+        ({"WORLD_SIZE": "2"}, ["WORLD_SIZE", "'2'", "without RANK"]),
+        ({"OMPI_COMM_WORLD_RANK": "1"}, ["without OMPI_COMM_WORLD_SIZE"]),
+        ({"MV2_COMM_WORLD_RANK": "1"}, ["without MV2_COMM_WORLD_SIZE"]),
+        ({"PMI_RANK": "0"}, ["without PMI_SIZE"]),
+        ({"SLURM_PROCID": "1"}, ["SLURM_PROCID", "without SLURM_NTASKS"]),
+        ({"PMIX_RANK": "1"}, ["PMIX_RANK", "sees 1"]),
+        ({"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "5"}, ["started 5", "sees 1"]),
+    ],
+)
+def test_what_is_known_by_half_is_refused(env, words):
+    with pytest.raises(UserError) as error:
+        find_world(env)
+    assert all(word in str(error.value) for word in words) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "visible, local_rank, device",
+    [(1, 3, "cuda:0"), (1, 0, "cuda:0"), (4, 3, "cuda:3"), (8, 2, "cuda:2"), (2, 2, None)],
+)
+def test_devices(visible, local_rank, device, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
+    monkeypatch.setattr(launchers, "world", lambda: World(local_rank, 8, local_rank, 8, "slurm"))
+    if device:
+        assert resolve_device("auto") == device
+    else:
+        with pytest.raises(UserError, match="local rank 2 has no GPU of its own: this host has 2"):
+            resolve_device("auto")
+
+
+def test_two_ranks_on_one_gpu_are_named(monkeypatch):
+    table = torch.distributed.HashStore()
+    monkeypatch.setattr(processes, "_identity_of", lambda device: f"GPU-{device}")
+    ranks = {"cuda:0": 0, "cuda:1": 1}
+    for device, rank in ranks.items():
+        monkeypatch.setattr(processes, "world", lambda rank=rank: World(rank, 3, rank, 3, "slurm"))
+        table.set(f"device/{rank}", f"GPU-{device}")
+    monkeypatch.setattr(processes, "world", lambda: World(2, 3, 2, 3, "slurm"))
+    with pytest.raises(UserError, match="ranks 0 and 2 have the same GPU"):
+        processes._await_all(table, "cuda:0", 1)
+    processes._await_all(table, "cuda:2", 1)
+
+
+@pytest.mark.parametrize(
+    "nodes, first",
+    [
+        ("localhost", "localhost"), ("a,b", "a"), ("gpu-a[1,3]-ib", "gpu-a1-ib"),
+        ("node[001-004,7],login", "node001"), ("rack[1-2]n[01-03]-x,y", "rack1n01-x"),
+        ("n[0-10:2]", "n0"), ("n[010-100:5]b[7]c", "n010b7c"), ("login[2],n[3-4]", "login2"),
+        ("cn-0001", "cn-0001"), ("a-[07,09]", "a-07"),
+    ],
+)  # fmt: skip
+def test_the_first_host(nodes, first, monkeypatch, tmp_path):
+    assert first_host({"SLURM_STEP_NODELIST": nodes, "SLURM_JOB_NODELIST": "other"}) == first
+    assert first_host({"SLURM_JOB_NODELIST": nodes}) == first
+    assert first_host({"MASTER_ADDR": "m", "SLURM_JOB_NODELIST": nodes}) == "m"
+    scontrol = tmp_path / "scontrol"  # knows more than we do
+    scontrol.write_text('#!/bin/sh\necho "$3-of-scontrol"\necho second\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    expected = f"{nodes}-of-scontrol" if "[" in nodes else first
+    assert first_host({"SLURM_STEP_NODELIST": nodes}) == expected
+
+
+def test_ports_follow_from_jobs():
+    ports = {port_of_job(f"slurm {i}.0.0", 29500) for i in range(100)}
+    assert len(ports) > 95 and all(10000 <= port < 30000 for port in ports)
+    assert port_of_job(None, 29500) == 29500
+
+
+# ---- jobs side by side -----------------------------------------------------------------------
+
+
+def test_two_jobs_of_slurm_never_meet(tmp_path):
+    """Neither has a --port: both go on, and each stops by itself."""
+    jobs = {}
+    for name in ("41", "42"):
+        jobs[name] = job(LONG, tmp_path / name, [slurm(r, 2, name) for r in range(2)])
+        wait_until_saved(tmp_path / name, jobs[name])
+    for name, runs in jobs.items():
+        assert all(run.process.exitcode is None for run in runs)
+        runs[1].process.terminate()
+        assert [run.wait()[0] for run in runs] == [143, 143], (tmp_path / name / "out0").read_text()
+
+
+@pytest.mark.parametrize("kind", ["slurm without a job's number", "hands", "slurm"])
+def test_a_second_job_on_the_port_of_the_first_ends_alone(kind, tmp_path, monkeypatch):
+    port = free_port()
+    argv = ["--port", str(port)] if "slurm" in kind else []
+
+    def environments(name):
+        if kind == "hands":
+            return [hands(r, 2, port) for r in range(2)]
+        return [slurm(r, 2, name if kind == "slurm" else None) for r in range(2)]
+
+    first = job([*LONG, *argv], tmp_path / "first", environments("1"))
+    wait_until_saved(tmp_path / "first", first)
+    second = job([*SHORT, *argv], tmp_path / "second", environments("2"))
+    for rank, run in enumerate(second):
+        status, text = run.wait()
+        [line] = [line for line in text.splitlines() if "error" in line]
+        assert status == 2 and str(port) in line and "--port" in line, text
+        assert ("is taken" if rank == 0 else "is that of another job") in line
+    assert not (tmp_path / "second" / "test").exists()
+    saved = check_latest(tmp_path / "first" / "test")
+    deadline = time.monotonic() + 60
+    while check_latest(tmp_path / "first" / "test") == saved:  # it goes on
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    first[0].process.terminate()
+    assert [run.wait()[0] for run in first] == [143, 143]
+
+
+def test_without_a_local_rank_two_processes_are_one_run(tmp_path):
+    environments = [hands(r, 2, port) for port in [free_port()] for r in range(2)]
+    for env in environments:
+        del env["LOCAL_RANK"]
+    runs = job(SHORT, tmp_path / "run", environments)
+    for run in runs:
+        status, text = run.wait()
+        assert status == 0, text
+    assert any("x 2 processes" in e.get("message", "") for e in events(tmp_path / "run" / "test"))
+
+
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_rank_that_does_not_come(missing, tmp_path):
+    environments = [slurm(r, 2, "9") | {"MASTER_ADDR": "127.0.0.1"} for r in range(2)]
+    argv = [*SHORT, "--port", str(free_port()), "--timeout", "3"]
+    [run] = job(argv, tmp_path / "run", [environments[1 - missing]])
+    began = time.monotonic()
+    status, text = run.wait()
+    [line] = [line for line in text.splitlines() if "error" in line]
+    assert status == 2 and "within 3 s" in line and time.monotonic() - began < 40, text
+    assert missing == 0 or "no sign of rank 1" in line
+
+
+def test_a_host_that_can_not_be_resolved(tmp_path):
+    nodes = {"SLURM_STEP_NODELIST": "no-such-host-[1-2].invalid"}
+    runs = job([*SHORT, "--port", str(free_port()), "--timeout", "4"], tmp_path / "run",
+               [slurm(r, 2, "9") | nodes for r in range(2)])  # fmt: skip
+    began = time.monotonic()
+    for run in runs:
+        status, text = run.wait()
+        assert status == 2 and sum("error" in line for line in text.splitlines()) == 1, text
+    assert time.monotonic() - began < 40
+
+
+@pytest.mark.slow
+def test_jobs_of_all_launchers_side_by_side(tmp_path):
+    """mpiexec twice and torchrun twice, on their default ports: all train to their end."""
+    launched = []
+    for i, words in enumerate(
+        [(BIN / "mpiexec", "-n", "2"), (BIN / "torchrun", "--nproc_per_node", "2")] * 2
+    ):
+        argv = [*SHORT, "--num_epochs", "20", "--timeout", "60", "--save_dir", tmp_path / str(i)]
+        launched.append(command(argv, words))
+    for process in launched:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output[-3000:]
+
+
+# ---- elastic restarts ------------------------------------------------------------------------
+
+ELASTIC = {
+    "default": [],
+    "standalone": ["--standalone"],
+    "c10d": ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"],
+    "static": ["--master-port", "PORT"],
+}
+
+
+def elastic(form, kind, folder):
+    """torchrun's run of two ranks in which rank 1 fails once, in the first attempt."""
+    words = [str(free_port()) if w == "PORT" else w for w in ELASTIC[form]]
+    words = [BIN / "torchrun", "--nproc_per_node", "2", "--max-restarts", "2", *words]
+    argv = [*SMALL, "--n_batch", "50", "--num_epochs", "2", "--iters_per_save", "4", "--resume",
+            "--timeout", "6", "--save_dir", folder]  # fmt: skip
+    script = [ROOT / "tests" / "faulty_train.py", kind or "none", "1", "6"]
+    done = subprocess.run(
+        [*words, *script, *argv], cwd=ROOT, env=ENV | {"FIRST_ATTEMPT_ALONE": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
+    )  # fmt: skip
+    return done.returncode, done.stdout
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unbroken")
+    status, output = elastic("standalone", None, folder)
+    assert status == 0, output
+    return folder / "test"
+
+
+CASES, SHORT_CASE = (
+    [*itertools.product(ELASTIC, ("kill", "raise", "stop", "hang"))],
+    ("c10d", "kill"),
+)
+
+
+@pytest.mark.parametrize(
+    "form, kind",
+    [c if c == SHORT_CASE else pytest.param(*c, marks=pytest.mark.slow) for c in CASES],
+)
+def test_an_elastic_restart_resumes(form, kind, unbroken, tmp_path):
+    """One restart, one resume, and the files of a run that nothing broke."""
+    status, output = elastic(form, kind, tmp_path)
+    assert status == 0, output[-4000:]
+    assert output.count("resuming from") == 1, output[-4000:]
+    assert hashes(tmp_path / "test") == hashes(unbroken)
