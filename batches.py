@@ -17,7 +17,9 @@ from endings import SIGNALS, die_with_parent
 from errors import UserError
 from image_sets import IMAGE_SETS
 from launchers import resolve_device, world
+from noise import MIRRORING, chosen
 from options import setting
+from resources import fail_quietly, naming_shortages
 
 
 class Images(Dataset):
@@ -40,6 +42,41 @@ class Images(Dataset):
         """The items of these numbers, with one index into the array."""
         images = torch.from_numpy(self.array[self.indices[numbers]])  # (N, S, S, 3)
         return [(image,) for image in images]
+
+
+class Mirrored(Dataset):
+    """Training images, each mirrored in an epoch with probability 1/2.
+
+    Which are is a function of (seed, epoch, the image's index in the whole set): the same for any
+    number of workers and processes, and after a resume.
+
+    Args:
+        images: a data set of tuples whose first tensor is an image (S, S, 3). Its `indices`, where
+            it has them, are those of its images in the whole set.
+        batches: the EpochBatches that choose the epoch, and have the seed.
+    """
+
+    def __init__(self, images, batches):
+        self.images, self.batches = images, batches
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.__getitems__([i])[0]
+
+    def __getitems__(self, numbers):
+        if hasattr(self.images, "__getitems__"):
+            items = self.images.__getitems__(numbers)
+        else:
+            items = [self.images[i] for i in numbers]
+        indices = getattr(self.images, "indices", None)
+        indices = numbers if indices is None else np.asarray(indices)[numbers]
+        turned = chosen(0.5, indices, self.batches.seed, MIRRORING, self.batches.epoch)  # (N,)
+        return [
+            (image.flip(1) if turn else image, *rest)
+            for turn, (image, *rest) in zip(turned, items, strict=True)
+        ]
 
 
 # ---- order ---------------------------------------------------------------------------------
@@ -104,14 +141,15 @@ class _Loader(DataLoader):
     """A DataLoader whose workers' UserErrors stay the one line they are."""
 
     def __iter__(self):
-        iterator = super().__iter__()
-        if self.num_workers:
-            _iterators.add(iterator)
         try:
-            yield from iterator
+            with naming_shortages():
+                iterator = super().__iter__()
+                if self.num_workers:
+                    _iterators.add(iterator)
+                yield from iterator
         except UserError as error:
-            # A worker's error arrives with the traceback put before it.
-            raise UserError(str(error).rpartition("UserError: ")[2].strip()) from None
+            # A worker's error arrives with the traceback put before it, all made one line.
+            raise UserError(str(error).rpartition("UserError: ")[2].removesuffix(r"\n")) from None
 
 
 def cores():
@@ -127,6 +165,7 @@ def begin_worker(_):
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     die_with_parent()
+    fail_quietly()
 
 
 def make_loader(H, images, **batching):
@@ -167,6 +206,8 @@ def training_batches(H, images):
             f"--n_batch {H.n_batch} on {me.size} processes: the {len(images)} training images "
             f"make no full batch; lower --n_batch or --grad_accum"
         )
+    if setting(H, "xflip"):
+        images = Mirrored(images, batches)
     return batches, make_loader(H, images, batch_sampler=batches)
 
 
@@ -176,11 +217,11 @@ def training_batches(H, images):
 def make_preprocess(dataset, device, mean=None, std=None):
     """A function [uint8 (N, S, S, 3), ...] → (input, target), float32 of that shape on `device`.
 
-    input is (level - mean) / std of the data set (own images: as given); target is in [-1, 1], of 5
+    input is (level - mean) / std, those given or else the data set's; target is in [-1, 1], of 5
     bits where the data set's are. The caller's batch is left as it was.
     """
     facts = IMAGE_SETS[dataset]
-    if dataset == "images":
+    if mean is not None:
         facts = facts._replace(mean=mean, std=std)
 
     def preprocess_fn(batch):

@@ -8,7 +8,7 @@ import math
 
 import torch
 
-from fused import at_least_float32
+from fused import at_least_float32, without_autocast
 from noise import noise_of_images
 
 
@@ -17,17 +17,42 @@ def nats_to_bits(nats):
     return nats / math.log(2)
 
 
-def distortion_and_rates(vae, x, x_target):
+def distortion_and_rates(vae, x, x_target, channels=None):
     """The terms of the negative ELBO: distortion (N,), and each layer's rate (layers, N).
 
     Args:
         x: input (N, R, R, 3).
         x_target: target (N, R, R, 3) in [-1, 1].
+        channels: a list that gets, a layer each, the KL of its latent channels (N, Z), in nats,
+            summed over their positions.
     """
     px_z, stats = vae.decoder(vae.encoder(x))
-    distortion = vae.decoder.out_net.nll(px_z, x_target)  # (N,)
+    with without_autocast(px_z.device.type):  # a fork's own output layer too
+        distortion = vae.decoder.out_net.nll(px_z, x_target)  # (N,)
     rates = [at_least_float32(s["kl"]).sum(dim=(1, 2, 3)) for s in stats]  # each (N,)
+    if channels is not None:
+        channels += [at_least_float32(s["kl"]).sum(dim=(2, 3)) for s in stats]
     return distortion, torch.stack(rates) / x.shape[1:].numel()
+
+
+# A latent channel is in use if it tells more than this of an image, in the mean over images: about
+# a hundredth of a bit. (Burda et al. 2016, section 5.2, ask how much the posterior's mean moves.)
+ACTIVE_NATS = 0.01
+
+
+class LayerRates(list):
+    """The rate of each layer, as floats; `active` lists how many latent channels each has in use.
+
+    Args:
+        rates: in nats per dimension.
+        kl: of all layers' channels, one after another: their KL in nats, summed over their
+            positions. Both in the mean over images.
+        widths: the number of channels of each layer.
+    """
+
+    def __init__(self, rates, kl, widths):
+        super().__init__(rates.tolist())
+        self.active = [int((of_layer > ACTIVE_NATS).sum()) for of_layer in kl.split(list(widths))]
 
 
 def importance_weighted_elbo(vae, x, x_target, n_samples, noise):
@@ -51,7 +76,8 @@ def importance_weighted_elbo(vae, x, x_target, n_samples, noise):
     for k in range(n_samples):
         with noise_of_images(noise(k)):
             px_z, stats = vae.decoder(activations, True, get_gaussians=True)
-        distortion = vae.decoder.out_net.nll(px_z, x_target).double() * n_dims  # (N,)
+        with without_autocast(px_z.device.type):  # a fork's own output layer too
+            distortion = vae.decoder.out_net.nll(px_z, x_target).double() * n_dims  # (N,)
         log_ratio, kl = 0, 0  # log p(z) - log q(z | x), and its analytical expectation, negated
         for s in stats:
             z, qm, qv, pm, pv = (s[key].double() for key in ("z", "qm", "qv", "pm", "pv"))

@@ -4,7 +4,6 @@ A data set yields tuples of one uint8 tensor (S, S, 3); a batch of them is [uint
 """
 
 import codecs
-import contextlib
 import os
 import pickle
 from pathlib import Path
@@ -12,12 +11,14 @@ from pathlib import Path
 import numpy as np
 
 from batches import Images, make_preprocess, preprocess  # noqa: F401  programs import preprocess here
-from errors import UserError, reason_of
+from errors import MissingFiles, UserError, needing, reason_of
 from image_files import ImageArray, decode, open_npy
 from image_sets import IMAGE_SETS, image_size_of
 from launchers import resolve_device
 from options import setting
 from own_images import load_images
+from records import published_normalisation
+from starting import starting_normalisation
 
 
 def mkdir_p(path):
@@ -81,12 +82,15 @@ def read_cifar10_batch(path):
         planes = batch[b"data"]
         if planes.dtype != np.uint8 or planes.shape != (10000, 3 * 32 * 32):
             raise ValueError(f"its data is {planes.dtype} {planes.shape}, not uint8 (10000, 3072)")
+        labels = np.asarray(batch[b"labels"], dtype=np.int64)
+        if labels.shape != (10000,):
+            raise ValueError(f"it has labels of {labels.shape}, not (10000,)")
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {remedy}") from None
+        raise MissingFiles(f"{path} does not exist: {remedy}") from None
     except Exception as error:  # a damaged pickle raises nearly anything
         raise UserError(f"{path} is no CIFAR-10 batch ({reason_of(error)}): {remedy}") from None
     images = planes.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # (n, 32, 32, 3)
-    return images, np.asarray(batch.get(b"labels", ()), dtype=np.int64)
+    return images, labels
 
 
 def cifar10(data_root, one_hot=True):
@@ -94,7 +98,8 @@ def cifar10(data_root, one_hot=True):
 
     X is uint8 (n, 32, 32, 3); Y float32 (n, 10), or without one_hot int (n, 1).
     """
-    from sklearn.model_selection import train_test_split  # slow to import
+    with needing("scikit-learn", "the split of cifar10"):
+        from sklearn.model_selection import train_test_split  # slow to import
 
     folder = Path(data_root, "cifar-10-batches-py")
     names = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]
@@ -186,13 +191,24 @@ class FfhqFiles:
         return f"{i // 1000 * 1000:05}/{i:05}.png" if self.official else f"{i:05}.png"
 
     def missing(self):
-        """Names of the files that are not there."""
+        """Names of the files that are not there.
+
+        Raises:
+            UserError: for a folder that can't be read.
+        """
         folders = [f"{i:05}" for i in range(0, 70000, 1000)] if self.official else [""]
         found = set()
         for folder in folders:
-            with contextlib.suppress(OSError):
+            try:
                 entries = os.scandir(self.root / folder)
                 found |= {os.path.join(folder, entry.name) for entry in entries if entry.is_file()}
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+            except OSError as error:
+                raise UserError(
+                    f"{error.filename} can't be read ({error.strerror}): change its permissions, "
+                    f"or look after the disk"
+                ) from None
         return [name for name in map(self.name, range(len(self))) if name not in found]
 
     def __getitem__(self, numbers):
@@ -217,7 +233,7 @@ def load_ffhq1024(H):
     """65,000 train images (00000 to 64999) and 5,000 that are both valid and test, by number."""
     array = FfhqFiles(H.data_root)
     if missing := array.missing():
-        raise UserError(
+        raise MissingFiles(
             f"{H.data_root} lacks {len(missing):,} of the 70,000 PNG files, first {missing[0]}: "
             f"run ./setup_ffhq1024.sh FOLDER with the folder of FFHQ's images1024x1024"
         )
@@ -230,7 +246,8 @@ def load_ffhq1024(H):
 
 def load_digits(H):
     """The 1,797 handwritten digits that scikit-learn ships: 1,397 train, 200 valid, 200 test."""
-    from sklearn import datasets  # slow to import
+    with needing("scikit-learn", "the data set digits"):
+        from sklearn import datasets  # slow to import
 
     levels = np.rint(datasets.load_digits().images * (255 / 16)).astype(np.uint8)  # (n, 8, 8)
     array = np.repeat(levels[..., None], 3, axis=-1)  # (n, 8, 8, 3)
@@ -244,7 +261,8 @@ def load_photos32(H):
     The photographs, 427 x 640, are cut at columns 448 and 544, so no patch of one split shows
     a pixel of another.
     """
-    from sklearn import datasets  # slow to import
+    with needing("scikit-learn", "the data set photos32"):
+        from sklearn import datasets  # slow to import
 
     photos = np.stack(datasets.load_sample_images().images)  # (2, 427, 640, 3)
 
@@ -282,7 +300,10 @@ def set_up_data(H):
     """
     H.image_size = image_size_of(H.dataset, setting(H, "image_size"))
     H.image_channels = 3
+    H.normalisation = starting_normalisation(H) or published_normalisation(H.dataset)
     train, valid, test = LOADERS[H.dataset](H)
+    if H.dataset != "images" and H.normalisation[:2] != IMAGE_SETS[H.dataset][1:3]:
+        H.image_mean, H.image_std = H.normalisation[:2]
     device = resolve_device(setting(H, "device"))
     preprocess_fn = make_preprocess(H.dataset, device, H.image_mean, H.image_std)
     return H, train, test if H.test_eval else valid, preprocess_fn

@@ -17,9 +17,10 @@ import traceback
 
 import torch.distributed as dist
 
-from errors import UserError
+from errors import UserError, one_line
+from interrupts import hand_over
 from launchers import World, world
-from logs import print_line
+from logs import open_outputs, print_line, show_log
 from processes import store
 
 ANSWER_S = 4  # seconds that the others have to answer: their threads look twice a second
@@ -141,7 +142,7 @@ def _roll_call(what):
         return missing
 
     def ask():
-        table.set(f"here/{me.rank}", what)
+        table.set(f"here/{me.rank}", one_line(what))
         table.set("ending", "1")
         silent = set(_watch.silent())
         missing = wait_for("here", set(range(me.size)) - silent)
@@ -262,6 +263,8 @@ def _end_process(status, text, lost=False):
         me = world()
     except UserError:  # the very thing to report: the launcher's variables make no sense
         me = World()
+    if status == 1:  # else the one line is all there is to say
+        show_log()
 
     def print_ranked(text):
         if me.size > 1:
@@ -341,7 +344,8 @@ def run_command(main):
     Status 0: done; 2: a UserError, printed in one line; 128 + n: stopped by signal n;
     1: another process is lost, or any other exception, with its traceback.
     """
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    hand_over()
+    open_outputs()
     try:
         try:
             main()

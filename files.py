@@ -1,18 +1,26 @@
 """Files that are whole or not there: written beside their place, then renamed."""
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from pathlib import Path
 
 from errors import UserError
 
+# What file systems answer that know no fsync of a folder: network drives, and some in user space.
+NO_SUCH_CALL = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
+
 
 def fsync(path):
-    """Waits until a file, or a folder's list of names, is on the disk."""
+    """Waits until a file, or a folder's list of names where that can be asked, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in NO_SUCH_CALL or not stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from None
     finally:
         os.close(descriptor)
 
@@ -37,8 +45,10 @@ def write_json(path, content):
     replace(path, lambda partial: partial.write_text(json.dumps(content, indent=1)))
 
 
-def read_json(path):
+def read_json(path, remedy="delete it to have it made anew"):
     """What a JSON file holds, or None where there is none.
+
+    remedy: what a user can do about one that can't be read.
 
     Raises:
         UserError: for a file that is no JSON object.
@@ -50,7 +60,7 @@ def read_json(path):
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read ({error}): delete it to have it made anew") from None
+        raise UserError(f"{path} can't be read ({error}): {remedy}") from None
     return content
 
 

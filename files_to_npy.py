@@ -8,31 +8,39 @@ The result is uint8 (n, H, W, 3), in the order of the images' names (by code poi
 SOURCE) and not in that of the tar or the file system; .npz files follow one another as given.
 """
 
+import interrupts  # noqa: F401  the first: a Ctrl-C while the others are imported is one line
+
+# isort: split
 import argparse
 import math
 import tarfile
 import zipfile
 import zlib
 from array import array
-from pathlib import Path
+from collections import Counter
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from tqdm import tqdm
 
+from decoding import SUFFIXES, decode_noting
 from endings import run_command
-from errors import UserError
-from image_files import SUFFIXES, decode, list_images, write_npy
+from errors import UserError, one_line
+from file_kinds import not_regular, what_file
+from image_files import describe_left_out, list_images, write_npy
+from options import colour
 
 # Counts that betray the data set most easily taken for the small ImageNet of 2016.
 BOX_FILTERED_COUNTS = (1_281_167, 50_000)
 DAMAGED_ZIP = (zipfile.BadZipFile, zlib.error)
 
 
-def files_to_npy(source, out, expect=None, force=False, side=None):
+def files_to_npy(source, out, expect=None, force=False, side=None, background="white"):
     """Write the images in source to out; return the shape, (n, H, W, 3).
 
-    Grey and palette images become RGB, alpha is dropped. Other files than SUFFIXES are left out,
-    and how many is printed. Memory is that of the names (under 200 bytes an image) and one image.
+    Images become RGB as decoding.decode_noting makes them; those that are not simply read are
+    counted. Other files than SUFFIXES are left out, which is printed. Memory is that of the names
+    (under 200 bytes an image) and one image.
     out appears when it is whole: until then the data is in out + ".part", deleted on an error and
     overwritten by the next call.
 
@@ -43,14 +51,14 @@ def files_to_npy(source, out, expect=None, force=False, side=None):
         expect: the number of images there must be, or None.
         force: replace out where it exists.
         side: the width and height in pixels that the images must have, or None.
+        background: colour that transparency is laid on, by name or as #rrggbb.
 
     Raises:
         UserError: out exists (without force) or cannot be written; source is none of those, is
             damaged, or has other than `expect` images or pixels than `side`; an image, which is
-            named, does not decode, has a mode that does not fit in RGB or another size than the
-            first.
+            named, does not decode, has 32 bits a channel or another size than the first.
     """
-    out = Path(out)
+    out, notes = Path(out), Counter()
     if out.is_dir() or (out.exists() and not force):
         raise UserError(f"{out} exists already; name another file, or add --force to replace it")
     if isinstance(source, list):
@@ -64,17 +72,20 @@ def files_to_npy(source, out, expect=None, force=False, side=None):
         source = Path(source)
         names, left_out, read = _list_folder(source) if source.is_dir() else _list_tar(source)
         if left_out:
-            print(f"leaving out {len(left_out)} files that are no images, first {left_out[0]}")
+            print(one_line(f"{source}: {describe_left_out(left_out)}"))
         if not names:
             raise UserError(f"{source} holds no image; it needs {', '.join(SUFFIXES)} files")
-        n, chunks = len(names), _images(names, read)
+        n, chunks = len(names), _images(names, read, background, notes)
     if expect not in (None, n):
         why = "it is incomplete or the wrong one"
         if n in BOX_FILTERED_COUNTS:
             why = "that is the count of the other, box-filtered downsampled ImageNet"
         raise UserError(f"{source} holds {n} images where {expect} are expected; {why}")
-    with tqdm(desc=out.name, total=n, unit=" images", disable=None) as bar:
-        return write_npy(out, _checked(chunks, side, bar))
+    with tqdm(desc=one_line(out.name), total=n, unit=" images", disable=None) as bar:
+        shape = write_npy(out, _checked(chunks, side, bar))
+    if notes:
+        print("; ".join(f"{k:,} {note.format(background=background)}" for note, k in notes.items()))
+    return shape
 
 
 def _checked(chunks, side, bar):
@@ -86,12 +97,13 @@ def _checked(chunks, side, bar):
         bar.update(len(chunk))
 
 
-def _images(names, read):
-    """The images, each (1, H, W, 3)."""
+def _images(names, read, background, notes):
+    """The images, each (1, H, W, 3); counts in notes those that were not simply read."""
     size = None
     for i, name in enumerate(names):
         try:
-            image = decode(read(i))
+            image, words = decode_noting(read(i), background)
+            notes.update(words)
         except (ValueError, OSError, tarfile.TarError) as error:
             raise UserError(f"{name} {error}; replace, convert or remove it") from None
         if size and image.size != size:
@@ -112,29 +124,41 @@ def _list_folder(folder):
 def _list_tar(path):
     """(names, left_out, read) of a tar, from its headers alone.
 
-    names is the sorted list of the images' names, left_out that of other members but folders;
-    read(i) returns the bytes of names[i].
+    names is the sorted list of the images' names, left_out counts other members but folders as
+    list_images does; read(i) returns the bytes of names[i]. As in a folder, names that begin with a
+    dot are passed over, such as the `._1.png` that tar writes on macOS.
     """
-    names, left_out, places = [], [], array("q")  # places: offset and size of each image, in bytes
+    names, left_out, places = (
+        [],
+        Counter(),
+        array("q"),
+    )  # places: offset and size of each image, in bytes
     try:
+        if special := not_regular(path):
+            raise tarfile.ReadError(f"it is {special}")
         tar = tarfile.open(path, "r:")
         while (member := tar.next()) is not None:
             tar.members.clear()  # tarfile would keep them all, about 1 kB each
+            parts = PurePosixPath(member.name).parts
+            if any(part.startswith(".") and part != ".." for part in parts):
+                continue
             if member.name.lower().endswith(SUFFIXES):
                 if not member.isreg() or member.issparse():
                     raise UserError(f"{member.name} in {path} is no plain file; pack it as one")
                 names.append(member.name)
                 places.extend((member.offset_data, member.size))
             elif not member.isdir():
-                left_out.append(member.name)
+                left_out[PurePosixPath(member.name).suffix.lower() or "without a suffix"] += 1
         # tarfile takes a damaged header for the end; the real end is a block of zeros.
         tar.fileobj.seek(tar.offset)
         if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError(f"damaged or cut off at byte {tar.offset}")
     except (OSError, tarfile.TarError) as error:
+        kind, _ = what_file(path)
+        reason = error if kind in (None, "a tar archive") else f"it is {kind}"
         raise UserError(
-            f"{path} is neither a folder nor a plain tar ({error}); unpack a compressed tar, "
-            "download a damaged one again"
+            f"{path} is neither a folder nor a plain tar ({reason}); "
+            f"unpack a compressed tar, download a damaged one again"
         ) from None
     order = sorted(range(len(names)), key=names.__getitem__)
     names = [names[i] for i in order]
@@ -192,7 +216,7 @@ def main():
     parser = argparse.ArgumentParser(
         description="Turn a folder of images, a plain tar of them, or the .npz files of the "
         "box-filtered ImageNet into one .npy file: uint8 (n, H, W, 3), in the order of their "
-        "names. Grey and palette images become RGB."
+        "names. All images become RGB of 8 bits."
     )
     parser.add_argument(
         "source", nargs="+", help="a folder, searched to any depth, an uncompressed tar, or .npz's"
@@ -200,14 +224,16 @@ def main():
     parser.add_argument("out", help="the .npy file to write")
     parser.add_argument("--expect", type=int, metavar="N", help="fail unless there are N images")
     parser.add_argument("--side", type=int, metavar="S", help="fail unless they are S x S pixels")
+    parser.add_argument("--background", type=colour, default="white", metavar="COLOUR",
+                        help="laid under transparent images: a name or #rrggbb")  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace OUT where it exists")
     args = parser.parse_args()
     npz = all(path.endswith(".npz") for path in args.source)
     if not npz and len(args.source) > 1:
         raise UserError(f"{len(args.source)} sources: only .npz files can be several")
     source = args.source if npz else args.source[0]
-    shape = files_to_npy(source, args.out, args.expect, args.force, args.side)
-    print(f"{args.out}: uint8 {shape}")
+    shape = files_to_npy(source, args.out, args.expect, args.force, args.side, args.background)
+    print(one_line(f"{args.out}: uint8 {shape}"))
 
 
 if __name__ == "__main__":

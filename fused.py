@@ -16,8 +16,6 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from noise import is_of_images
-
 # ---- precision, layout ---------------------------------------------------------------------
 
 
@@ -29,8 +27,8 @@ def compute_dtype(x):
     return x.dtype
 
 
-def in_float32(device):
-    """The context of what stays in its inputs' own precision under autocast."""
+def without_autocast(device):
+    """The context of what is computed in its weights' own precision, autocast or not."""
     if torch.amp.is_autocast_available(device):  # on `meta` it is not
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
@@ -165,12 +163,24 @@ def is_plain(module, kind):
         module._backward_pre_hooks,
         module._backward_hooks,
     )
-    return type(module) is kind and not any(hooks)
+    return type(module) is kind and "forward" not in vars(module) and not any(hooks)
+
+
+def is_plain_conv(conv):
+    """Whether gelu_convs computes what a call of conv would."""
+    return (
+        is_plain(conv, nn.Conv2d)
+        and conv.bias is not None
+        and conv.groups == 1
+        and conv.stride == conv.dilation == (1, 1)
+        and conv.padding_mode == "zeros"
+        and conv.padding == tuple(k // 2 for k in conv.kernel_size)
+    )
 
 
 def gelu_conv(x, conv):
     """conv(gelu(x)), a new tensor, as in gelu_convs, for a conv of get_3x3 or get_1x1."""
-    if not is_plain(conv, nn.Conv2d):
+    if not is_plain_conv(conv):
         return conv(gelu(x)).clone()  # a hook may keep what it saw
     return gelu_convs(x, conv.weight, conv.bias)[0]
 
@@ -229,7 +239,7 @@ def _gelu_of(acts):
 
 def _is_plain_block(block, kind):
     """Whether a Block, of class `kind`, may be computed by its weights, uncalled."""
-    return is_plain(block, kind) and all(is_plain(conv, nn.Conv2d) for conv in block.children())
+    return is_plain(block, kind) and all(map(is_plain_conv, block.children()))
 
 
 def posterior_and_prior(enc, prior, x, acts, n_latent, kind):
@@ -242,12 +252,12 @@ def posterior_and_prior(enc, prior, x, acts, n_latent, kind):
         kind: the class of enc, prior: others are called.
 
     Returns:
-        (q, p, merged): the statistics of the posterior, of the prior, each (N, 2 Z, R, R), in at
-        least float32 under autocast; the state with the prior's residual (N, C, R, R).
+        (q, p, merged): the statistics of the posterior, of the prior, each (N, 2 Z, R, R), in
+        the state's dtype; the state with the prior's residual (N, C, R, R).
     """
     x = channels_last(x)
     if not (_is_plain_block(enc, kind) and _is_plain_block(prior, kind)):
-        q = enc(torch.cat([x, channels_last(acts)], dim=1)).to(x.dtype)
+        q = enc(torch.cat([x, channels_last(acts)], dim=1)).to(x.dtype).contiguous()
         return q, *_prior(prior, x, None, n_latent)
     # The posterior's c1 of concat[x, acts] is the sum of its halves: that of x shares the GELU with
     # the prior's c1, that of acts with all blocks of this resolution.
@@ -255,7 +265,7 @@ def posterior_and_prior(enc, prior, x, acts, n_latent, kind):
     h, q = gelu_convs(x, prior.c1.weight, prior.c1.bias, w_x, enc.c1.bias)  # (N, middle, R, R)
     activated = _gelu_of(acts)
     q = enc.bottleneck(q + F.conv2d(activated, w_acts.to(activated.dtype)))  # (N, middle, R, R)
-    with in_float32(q.device.type):  # few channels; in bf16 they would cost the KL its bits
+    with without_autocast(q.device.type):  # few channels; in bf16 they would cost the KL its bits
         q = gelu_conv(q.to(x.dtype), enc.c4)  # (N, 2 Z, R, R)
     return q.contiguous(), *_prior(prior, x, h, n_latent)
 
@@ -302,7 +312,6 @@ def segments(layers):
 
 def checkpointed(on, function, *tensors):
     """function(*tensors); if `on`, keeping for the backward pass no more than the tensors."""
-    # Only the default generators' noise is replayed.
-    if not on or not torch.is_grad_enabled() or is_of_images():
+    if not on or not torch.is_grad_enabled():
         return function(*tensors)
     return checkpoint(function, *tensors, use_reentrant=False)

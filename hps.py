@@ -131,6 +131,7 @@ images32 = Hyperparams(  # 15.0 million parameters
     image_size=32,
     width=256,
     ema_rate=0.999,
+    ema_warmup=True,
     enc_blocks="32x8,32d2,16x6,16d2,8x6,8d2,4x3,4d4,1x3",
     dec_blocks="1x1,4m1,4x2,8m4,8x5,16m8,16x10,32m16,32x14",
 )

@@ -1,93 +1,120 @@
-"""Files of images: pictures decoded, folders listed, .npy files read image by image."""
+"""Files of images: folders listed, .npy files read image by image."""
 
-import io
 import math
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
 
-from errors import UserError, reason_of
+from decoding import SUFFIXES, decode, fit
+from errors import MissingFiles, UserError, one_line
+from file_kinds import not_regular
 from files import fsync
+from logs import print_line
 
 # ---- pictures ------------------------------------------------------------------------------
 
-# PIL modes that become RGB as one expects: grey is repeated in the three channels, palette entries
-# are looked up, alpha is dropped. Others, such as 16-bit grey, would silently be clipped.
-MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
-
-def decode(data):
-    """The image that a file holds, a PIL image of mode RGB, turned upright as its EXIF data say.
-
-    Raises:
-        ValueError: with the reason, for bytes that don't decode, or a mode that does not fit RGB.
-    """
-    try:
-        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-        if image.mode in MODES:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except UnidentifiedImageError:  # whose message names an object in memory
-        raise ValueError("cannot be decoded (no PNG, JPEG or WebP)") from None
-    except Exception as error:  # damaged bytes make PIL's decoders raise nearly anything
-        raise ValueError(f"cannot be decoded ({reason_of(error)})") from None
-    raise ValueError(f"has mode {image.mode}, which is not 8-bit RGB, grey or palette")
-
-
-def fit(image, size):
-    """A PIL image as uint8 (size, size, 3): short side to `size` (Lanczos), the middle cut out.
-
-    Raises:
-        ValueError: for an image with a side shorter than `size`.
-    """
-    short = min(image.size)
-    if short < size:
-        raise ValueError(f"is {image.width} x {image.height} pixels, smaller than {size}")
-    width, height = (round(side * size / short) for side in image.size)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
-    left, top = (width - size) // 2, (height - size) // 2
-    return np.asarray(image.crop((left, top, left + size, top + size)))
-
-
-def read_image(path, size):
+def read_image(path, size, background="white"):
     """An image file's middle square as uint8 (size, size, 3), as own images are packed.
 
-    A smaller image is enlarged (bicubic).
+    A smaller image is enlarged (bicubic); transparency is laid on the background.
 
     Raises:
-        UserError: for a file that can't be read, or is not 8-bit RGB, grey or palette.
+        UserError: for a file that can't be read as a picture of 8 or 16 bits a channel.
     """
+    if kind := not_regular(path):
+        raise UserError(f"{path} is {kind}: name an image file")
     try:
-        image = decode(Path(path).read_bytes())
+        return fit(decode(Path(path).read_bytes(), background), size, enlarge=True)
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}): name an image file") from None
     except ValueError as error:
         raise UserError(f"{path} {error}: name another image file") from None
-    return fit(ImageOps.cover(image, (size, size)) if min(image.size) < size else image, size)
 
 
-def read_images(paths, size):
+def read_images(paths, size, background="white"):
     """uint8 (n, size, size, 3) of image files, as read_image."""
-    return np.stack([read_image(path, size) for path in paths])
+    return np.stack([read_image(path, size, background) for path in paths])
 
 
-def list_images(folder):
+def list_images(folder, suffixes=SUFFIXES):
     """(names, left_out) of the files below a folder, sorted paths relative to it.
 
-    names end in one of SUFFIXES; left_out are other files and links to folders. Names that begin
-    with a dot, such as the `._*.png` of some systems, are passed over.
+    names end in one of the suffixes; left_out are other files, links to folders and what is no
+    regular file, as a dict that describe_left_out takes. Names that begin with a dot, such as the
+    `._*.png` of some systems, are passed over.
+
+    Raises:
+        UserError: for a folder below it that can't be read.
     """
-    names, left_out = [], []
-    for root, folders, files in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
-        for name in files + links:
-            if not name.startswith("."):
-                path = Path(root, name).relative_to(folder).as_posix()
-                (names if path.lower().endswith(SUFFIXES) else left_out).append(path)
+    names, left_out = [], Counter()
+
+    def walk(path, prefix):
+        try:
+            with os.scandir(path) as found:
+                entries = sorted(found, key=lambda entry: entry.name)
+            entries = [entry for entry in entries if not entry.name.startswith(".")]
+            folders = {entry.name for entry in entries if _is(os.DirEntry.is_dir, entry)}
+        except OSError as error:
+            raise UserError(
+                f"{error.filename or path} can't be read ({error.strerror}), so the images in it "
+                f"are not known: change its permissions or look after the disk, or move it away"
+            ) from None
+        for entry in entries:
+            if entry.name in folders:
+                if entry.is_symlink():
+                    left_out["links to folders"] += 1
+                else:
+                    walk(entry.path, f"{prefix}{entry.name}/")
+            elif not _is(os.DirEntry.is_file, entry) and (special := not_regular(entry.path)):
+                left_out[f"{prefix}{entry.name}, {special}"] += 1
+            elif entry.name.lower().endswith(suffixes):
+                names.append(prefix + entry.name)
+            else:
+                left_out[Path(entry.name).suffix.lower() or "without a suffix"] += 1
+
+    walk(folder, "")
     return sorted(names), left_out
+
+
+def _is(kind, entry):
+    """kind(entry), False for a link that leads nowhere or to itself."""
+    try:
+        return kind(entry)
+    except OSError:
+        if entry.is_symlink():
+            return False
+        raise
+
+
+def describe_left_out(left_out):
+    """list_images' left_out as a line: "left out: 26 other files: 20 .txt, 6 .db"."""
+    n, kinds = sum(left_out.values()), left_out.most_common()
+    listed = ", ".join(f"{count} {kind}" for kind, count in kinds[:8])
+    more = ", ..." * (len(kinds) > 8)
+    return one_line(f"left out: {n:,} other file{'s' * (n > 1)}: {listed}{more}")
+
+
+def image_paths(paths):
+    """The image files that paths name: themselves, or of a folder all below it, sorted by name.
+
+    Raises:
+        UserError: for a folder without any, or as list_images.
+    """
+    found = []
+    for path in paths:
+        if not os.path.isdir(path):
+            found.append(path)
+            continue
+        names, left_out = list_images(path)
+        if not names:
+            raise UserError(f"{path} holds no image: it needs {', '.join(SUFFIXES)} files")
+        if left_out:
+            print_line(f"{one_line(path)}: {describe_left_out(left_out)}")
+        found += [os.path.join(path, name) for name in names]
+    return found
 
 
 # ---- .npy files ----------------------------------------------------------------------------
@@ -117,7 +144,14 @@ class NpyImages:
         images = np.empty((len(numbers), *self.shape[1:]), np.uint8)  # (N, S, S, 3)
         for image, number in zip(images, numbers, strict=True):
             start = self.offset + int(number) * image.nbytes
-            if os.preadv(self.file.fileno(), [image], start) != image.nbytes:
+            try:
+                read = os.preadv(self.file.fileno(), [image], start)
+            except OSError as error:
+                raise UserError(
+                    f"{self.path} can't be read ({error.strerror}): look after its disk, then "
+                    f"start again"
+                ) from None
+            if read != image.nbytes:
                 raise UserError(f"{self.path} ends before its image {number}: it was cut off")
         return images
 
@@ -167,7 +201,7 @@ def open_npy(path, shape, remedy):
     try:
         array = NpyImages(path)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist: {remedy}") from None
+        raise MissingFiles(f"{path} does not exist: {remedy}") from None
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is no complete .npy file of {expected} ({error}; it has "

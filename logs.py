@@ -9,6 +9,25 @@ import time
 import numpy as np
 from tqdm import tqdm
 
+from errors import one_line
+
+
+def open_outputs():
+    """Opens what the process was started without, standard output or error (`>&-`), as nowhere.
+
+    Else a checkpoint might be given the number of one of them, and what libraries print.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        if getattr(sys, name) is None:
+            with contextlib.suppress(OSError):
+                os.fstat(number)
+                number = os.open(os.devnull, os.O_RDWR)  # a file has that number already
+            if number < 3:
+                while os.open(os.devnull, os.O_RDWR) < number:
+                    pass
+            setattr(sys, name, open(number, "w" if number else "r", closefd=False))
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+
 
 def print_line(text, file=None):
     """Prints text above any progress bar; a full disk or a closed pipe costs it, not the run."""
@@ -25,12 +44,24 @@ def _plain(value):
 
 
 _buffer = None  # (path, line) of a run that has not begun to write, see buffer_log
+_unshown = None  # texts that the terminal has not got yet, likewise
 
 
 def buffer_log():
-    """Keeps the lines of all logs back, so that a run refused at the door leaves none."""
-    global _buffer
-    _buffer = []
+    """Keeps the lines of all logs back, so that a run refused at the door leaves one line: why.
+
+    The terminal gets them with show_log, the files with flush_log.
+    """
+    global _buffer, _unshown
+    _buffer, _unshown = [], []
+
+
+def show_log():
+    """Prints what was kept back from the terminal, and from now on each line at once."""
+    global _unshown
+    texts, _unshown = _unshown or [], None
+    for text in texts:
+        print_line(text)
 
 
 def is_buffered():
@@ -45,6 +76,7 @@ def flush_log():
         OSError: if it can't be written.
     """
     global _buffer
+    show_log()
     lines, _buffer = _buffer or [], None
     for path, line in lines:
         _append(path, line)
@@ -73,10 +105,14 @@ def log_event(log_prefix, args, pprint, figures):
     event |= {key: _plain(value) for key, value in figures.items()}
     if pprint:
         event = dict(sorted(event.items()))
-    text = ", ".join(
-        f"{k}: {v:.5g}" if isinstance(v, float) else f"{k}: {v}" for k, v in event.items()
+    text = one_line(
+        ", ".join(
+            f"{k}: {v:.5g}" if isinstance(v, float) else f"{k}: {v}" for k, v in event.items()
+        )
     )
-    if event.get("type") != "hparam":
+    if event.get("type") != "hparam" and _unshown is not None:
+        _unshown.append(text)
+    elif event.get("type") != "hparam":
         print_line(text)
     for path, line in ((f"{log_prefix}.jsonl", json.dumps(event)), (f"{log_prefix}.txt", text)):
         try:

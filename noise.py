@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 # The purposes of random numbers: each is a seed of its own, a function of the run's seed.
-TRAINING, EVALUATION, PICTURES, IMPORTANCE = range(4)
+TRAINING, EVALUATION, PICTURES, IMPORTANCE, MIRRORING = range(5)
 SAMPLING, ENCODING, DECODING = range(10, 13)
 
 
@@ -19,6 +19,20 @@ def noise_seed(*key):
 def image_generators(indices, *key):
     """One generator per image, a function of the key, a few integers, and the image's index."""
     return [torch.Generator().manual_seed(noise_seed(*key, i)) for i in indices]
+
+
+def chosen(probability, indices, *key):
+    """Which images are chosen, each with a probability: bool (n,), a function of key and index.
+
+    It is the same wherever an image is looked at: in any batch, worker or process.
+    """
+    # SplitMix64 (Steele, Lea, Flood 2014) of the index, from a state that is a function of the key.
+    x = np.asarray(indices, dtype=np.uint64) + np.uint64(1)
+    x = x * np.uint64(0x9E3779B97F4A7C15) + np.uint64(noise_seed(*key))
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(31))
+    return (x >> np.uint64(11)) * 2.0**-53 < probability
 
 
 class _OfImages:

@@ -2,8 +2,9 @@
 
 import torch
 
-from errors import UserError
-from weights import read_torch_file
+from errors import UserError, reason_of
+from options import setting
+from torch_files import read_torch_file, why_not_plain
 
 
 def linear_warmup(warmup_iters):
@@ -36,6 +37,47 @@ def make_optimizer(parameters, H, use_apex):
     return torch.optim.AdamW(parameters, fused=True, **options), f"torch.optim.AdamW{reason}"
 
 
+def all_finite(tensors):
+    """Whether no number of the tensors is NaN or infinite, for one wait for the device."""
+    largest = [t.detach().abs().amax() for t in tensors]
+    return bool(torch.stack(largest).isfinite().all())
+
+
+def applied_updates(optimizer):
+    """Updates that an optimizer has applied: its own count, which its files keep.
+
+    That is read once, for on a GPU it makes the CPU wait; `count_update` counts on.
+    """
+    counted = getattr(optimizer, "applied_updates", None)
+    if counted is None:
+        in_groups = [group.get("step", 0) for group in optimizer.param_groups]  # Apex
+        in_state = [state.get("step", 0) for state in list(optimizer.state.values())[:1]]
+        counted = max(map(int, in_groups + in_state), default=0)
+    return counted
+
+
+def count_update(optimizer):
+    """Counts an update that an optimizer has just applied, and returns their number.
+
+    An optimizer of a program's own may keep no count: it is counted from 0.
+    """
+    counted = getattr(optimizer, "applied_updates", None)
+    counted = applied_updates(optimizer) or 1 if counted is None else counted + 1
+    optimizer.applied_updates = counted
+    return counted
+
+
+def ema_rate_after(updates, H):
+    """The rate of an EMA at the update that makes `updates`: H.ema_rate, with its warm-up or not.
+
+    min(rate, (1 + n) / (10 + n)), as in TensorFlow's ExponentialMovingAverage: without it the first
+    1 / (1 - rate) updates leave the EMA mostly initial weights.
+    """
+    if not setting(H, "ema_warmup"):
+        return H.ema_rate
+    return min(H.ema_rate, (1 + updates) / (10 + updates))
+
+
 def convert_optimizer_state(state, parameters, per_parameter_step):
     """The state part of an optimizer file, of Apex's or AdamW's layout, for either optimizer.
 
@@ -50,6 +92,9 @@ def convert_optimizer_state(state, parameters, per_parameter_step):
     Raises:
         ValueError: for content of another layout, or moments of other shapes.
     """
+    if isinstance(state, dict) and "param_groups" not in state:
+        if any(map(torch.is_tensor, state.values())):
+            raise ValueError("it holds weights, which --restore_path and --restore_ema_path take")
     [group] = state["param_groups"]
     parameters = list(parameters)
     if len(group["params"]) != len(parameters):
@@ -62,14 +107,19 @@ def convert_optimizer_state(state, parameters, per_parameter_step):
         step = int(entry.get("step", step))
         if step < 0:
             raise ValueError(f"step {step} is below 0")
-        moments = {name: entry[name].float().clone() for name in ("exp_avg", "exp_avg_sq")}
-        for name, moment in moments.items():
+        moments = {}
+        for name in ("exp_avg", "exp_avg_sq"):
+            if reason := why_not_plain(entry[name]):
+                raise ValueError(f"{name} {position} is {reason}")
+            moment = moments[name] = entry[name].float().clone()
             if moment.shape != p.shape:
                 raise ValueError(
                     f"{name} {position} is {tuple(moment.shape)}, the parameter {tuple(p.shape)}"
                 )
             if not moment.isfinite().all():
                 raise ValueError(f"{name} {position} is not finite")
+            if name == "exp_avg_sq" and (moment < 0).any():
+                raise ValueError(f"{name} {position} is below 0, and it is a mean of squares")
         # In AdamW's own order, so that a resumed run writes the same file.
         own = {"step": torch.tensor(float(step))} if per_parameter_step else {}
         converted[position] = own | moments
@@ -87,10 +137,10 @@ def restore_optimizer(optimizer, path):
     apex = not isinstance(optimizer, torch.optim.AdamW)
     try:
         state, step = convert_optimizer_state(content, group["params"], not apex)
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+    except Exception as error:  # a damaged file raises nearly anything
         raise UserError(
-            f"{path} holds no optimizer state for this model ({error}): name the opt.th that was "
-            f"saved with the weights"
+            f"{path} holds no optimizer state for this model ({reason_of(error)}): name the opt.th "
+            f"that was saved with the weights"
         ) from None
     own = optimizer.state_dict()["param_groups"][0]
     if apex:

@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import os
+import re
 
 from errors import UserError
 from image_sets import IMAGE_SETS, image_size_of
@@ -59,7 +60,15 @@ def complete(action, values):
 
 
 _INF = float("inf")
+
+
+def path(text):
+    """An argparse type: a path, whose `~` is the home folder as in a shell, or an address."""
+    return os.path.expanduser(text)
+
+
 count = _checked(int, lambda v: v >= 1, "a whole number of at least 1")
+several = _checked(int, lambda v: v >= 2, "a whole number of at least 2")
 natural = _checked(int, lambda v: v >= 0, "a whole number of at least 0")
 seed = _checked(int, lambda v: 0 <= v < 2**62, "a whole number from 0 to below 2^62")
 positive = _checked(float, lambda v: 0 < v < _INF, "a positive number")
@@ -69,6 +78,16 @@ threshold = _checked(float, lambda v: v == -1 or v > 0, "a positive number, or -
 port = _checked(int, lambda v: 1 <= v <= 65535, "a port number from 1 to 65535")
 device = one_of("auto", "cpu", "cuda")
 
+
+def colour(text):
+    """An argparse type: a colour by its name (white, gainsboro) or as #rrggbb."""
+    from PIL import ImageColor  # options serve networks too, which need no Pillow
+
+    if text.lower() in ImageColor.colormap or re.fullmatch("#[0-9a-fA-F]{6}", text):
+        return text.lower()
+    raise argparse.ArgumentTypeError(f"got {text!r}; it must be a colour's name or '#rrggbb'")
+
+
 # ---- the table -----------------------------------------------------------------------------
 
 # group -> rows of (option, type, default, meaning with its unit). A type of bool is a flag.
@@ -76,7 +95,7 @@ OPTIONS = {
     "run": [
         ("seed", seed, 0, "seed of the weights, the noise and the order of the images"),
         ("desc", str, "test", "name of the run; its files go to save_dir/desc"),
-        ("save_dir", str, "./saved_models", "folder of all runs"),
+        ("save_dir", path, "./saved_models", "folder of all runs"),
         ("device", device, "auto", "auto is CUDA where there is one"),
         ("port", port, 29500, "rendezvous port of several processes; a free one if it is taken"),
         ("timeout", positive, 600.0, "seconds without a step after which a process is given up"),
@@ -85,9 +104,12 @@ OPTIONS = {
     ],
     "data": [
         ("dataset", str, "cifar10", f"one of {', '.join(IMAGE_SETS)}"),
-        ("data_root", str, "./", "folder of the data set's files; images: also one .npy file"),
+        ("data_root", path, "./", "folder of the data set's files; images: also one .npy file"),
         ("image_size", count, None, "images: pixels of a side after resizing (an .npy: its own)"),
         ("bad_images", one_of("refuse", "skip"), "refuse", "images: unreadable or too small ones"),
+        ("background", colour, "white", "images: a colour that transparency is laid on"),
+        ("grow", bool, False, "images: --data_root has new ones, which are split by themselves"),
+        ("xflip", bool, False, "mirror each training image with probability 1/2 in each epoch"),
         ("num_workers", natural, None, "processes that load images (none: chosen, docs/data.md)"),
     ],
     "restore": [
@@ -97,10 +119,12 @@ OPTIONS = {
             False,
             "go on from the run's newest checkpoint, or start if it has none",
         ),
-        ("restore_path", str, None, "weights: PREFIX-model.th"),
-        ("restore_ema_path", str, None, "EMA weights: PREFIX-model-ema.th"),
-        ("restore_log_path", str, None, "log that names the step and epoch: PREFIX-log.jsonl"),
-        ("restore_optimizer_path", str, None, "optimizer state, Apex or AdamW: PREFIX-opt.th"),
+        ("overwrite", bool, False, "start anew in the folder of a run, whose files are removed"),
+        ("init_from", path, None, "start a new training from weights: a .th file, a run's folder"),
+        ("restore_path", path, None, "weights: PREFIX-model.th"),
+        ("restore_ema_path", path, None, "EMA weights: PREFIX-model-ema.th"),
+        ("restore_log_path", path, None, "log that names the step and epoch: PREFIX-log.jsonl"),
+        ("restore_optimizer_path", path, None, "optimizer state, Apex or AdamW: PREFIX-opt.th"),
     ],
     "network": [
         ("enc_blocks", str, None, "encoder: RxK is K blocks at resolution R; RdK pools by K after"),
@@ -126,6 +150,8 @@ OPTIONS = {
         ("skip_streak", count, 100, "skipped updates in a row that are reported"),
         ("max_skips", count, None, "skipped updates in a row that end the run (none: never)"),
         ("ema_rate", fraction, 0.999, "decay of the moving average of the weights per update"),
+        ("ema_warmup", bool, False, "decay at most (1 + n) / (10 + n) after n updates"),
+        ("kl_warmup_iters", natural, 0, "steps in which the rate's weight in the loss grows to 1"),
         ("lr_prior", positive, 0.00015, "without effect"),
         ("wd_prior", nonnegative, 0.0, "without effect"),
         ("temperature", nonnegative, 1.0, "without effect"),
@@ -145,6 +171,7 @@ OPTIONS = {
         ("keep_ckpts", count, None, "newest iter-N-* that are kept (none: all)"),
         ("iters_per_images", count, 10000, "steps between pictures"),
         ("epochs_per_eval", count, 10, "epochs between evaluations on the validation set"),
+        ("patience", count, None, "evaluations without a new best that end the run (none: never)"),
         (
             "iw_samples",
             count,
@@ -174,6 +201,44 @@ PUBLISHED = frozenset(
 IDLE = frozenset(
     "scale_encblock lr_prior wd_prior temperature epochs_per_probe epochs_per_eval_save".split()
 )
+# What other programs call an option.
+SYNONYMS = {
+    "lr": "learning_rate learningrate base_lr alpha step_size",
+    "n_batch": "batch_size batch batchsize bs train_batch_size mini_batch_size",
+    "num_epochs": "epochs n_epochs max_epochs num_train_epochs train_epochs",
+    "wd": "weight_decay l2",
+    "warmup_iters": "warmup warmup_steps lr_warmup num_warmup_steps warmup_iterations",
+    "kl_warmup_iters": "kl_warmup kl_anneal kl_annealing beta_warmup kl_warmup_steps",
+    "grad_clip": "clip clip_grad max_grad_norm gradient_clip gradient_clip_val clip_grad_norm",
+    "grad_accum": "gradient_accumulation_steps accumulate_grad_batches accum_iter accumulation",
+    "ema_rate": "ema ema_decay ema_beta",
+    "adam_beta1": "beta1 betas",
+    "adam_beta2": "beta2",
+    "data_root": "data data_dir data_path dataset_path train_dir root dataroot image_dir images",
+    "save_dir": "output output_dir out_dir outdir out log_dir logdir save_path results_dir",
+    "desc": "name run_name exp_name experiment experiment_name tag",
+    "num_workers": "workers n_workers num_loader_workers",
+    "hps": "preset config model arch",
+    "image_size": "resolution size img_size imsize res",
+    "iters_per_save": "save_every save_steps save_interval",
+    "iters_per_ckpt": "checkpoint_every ckpt_interval",
+    "iters_per_print": "log_every log_interval print_freq logging_steps",
+    "epochs_per_eval": "eval_every eval_interval",
+    "patience": "early_stopping early_stopping_patience",
+    "init_from": "pretrained finetune finetune_from init_weights",
+    "restore_path": "checkpoint ckpt load weights load_from",
+    "resume": "continue continue_training restart auto_resume",
+    "overwrite": "force overwrite_output_dir",
+    "precision": "dtype amp bf16 fp16 mixed_precision",
+    "checkpoint_activations": "gradient_checkpointing checkpointing grad_checkpointing",
+    "device": "gpu gpus cuda accelerator",
+    "test_eval": "eval evaluate test eval_only",
+    "seed": "random_seed manual_seed",
+    "temperature": "temp t",
+    "n": "num_samples n_samples num_images",
+}
+_MEANT = {word: option for option, words in SYNONYMS.items() for word in words.split()}
+
 DEFAULTS = {
     name: False if kind is bool else default
     for rows in OPTIONS.values()
@@ -227,7 +292,8 @@ class OneLineParser(argparse.ArgumentParser):
         name = unknown.split("=")[0]
         if name in takers:
             return f"it is an option of {', '.join(takers[name])}"
-        near = difflib.get_close_matches(name, takers, n=3)
+        meant = f"--{_MEANT.get(name.strip('-').lower().replace('-', '_'))}"
+        near = [meant] if meant in takers else difflib.get_close_matches(name, takers, n=3)
         words = [o if o in own else f"{o} (of {', '.join(takers[o])})" for o in near]
         return f"did you mean {' or '.join(words)}?" if near else "see --help"
 
@@ -257,6 +323,14 @@ def add_options(parser, names, hps=None):
             help = argparse.SUPPRESS if name in IDLE else meaning
             if kind is bool:
                 group.add_argument(f"--{name}", action="store_true", help=help)
+                if name not in PUBLISHED:  # a preset may set it, and a command line take it back
+                    group.add_argument(
+                        f"--no_{name}",
+                        dest=name,
+                        action="store_false",
+                        default=argparse.SUPPRESS,
+                        help=argparse.SUPPRESS,
+                    )
             else:
                 action = group.add_argument(f"--{name}", type=kind, default=default, help=help)
                 if values := getattr(kind, "values", IMAGE_SETS if name == "dataset" else ()):
@@ -273,6 +347,14 @@ def add_own_options(parser):
     return add_options(parser, DEFAULTS.keys() - PUBLISHED)
 
 
+def given_options(parser, args=None):
+    """Names of a parser's options that the arguments (default: the command line's) name."""
+    absent = object()
+    names = {action.dest for action in parser._actions}
+    parsed = parser.parse_args(args, argparse.Namespace(**dict.fromkeys(names, absent)))
+    return {name for name, value in vars(parsed).items() if value is not absent}
+
+
 def hparams_of(preset, overrides, add_vae_arguments, parse_args_and_update_hparams):
     """A preset's hyperparameters with every option, by the parser functions of `hps`.
 
@@ -284,13 +366,17 @@ def hparams_of(preset, overrides, add_vae_arguments, parse_args_and_update_hpara
     """
     H, parser = Hyperparams(), OneLineParser()
     add_vae_arguments(parser)
-    add_own_options(parser)
+    taken = add_own_options(parser)
     parse_args_and_update_hparams(H, parser, ["--hps", preset])
+    if taken:
+        H.taken_options = taken
     for name in overrides:
         if name not in H:
             near = difflib.get_close_matches(name, H, n=1)
             hint = f"did you mean {near[0]}?" if near else "train.py --help lists them"
             raise UserError(f"unknown hyperparameter {name!r}: {hint}")
     H.update(overrides)
-    H.update(image_size=image_size_of(H.dataset, setting(H, "image_size")), image_channels=3)
+    if H.dataset in IMAGE_SETS or not H.image_size:  # else a fork's own, which tells its size
+        H.image_size = image_size_of(H.dataset, setting(H, "image_size"))
+    H.image_channels = 3
     return H

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from errors import UserError
+from errors import UserError, one_line, remedy_of
 from files import replace, sha256
 
 GRID_LIMIT = 1024  # images of a grid; a larger one is nothing to look at
@@ -56,8 +56,8 @@ def writing(args, remedy=""):
         yield
     except OSError as error:
         raise UserError(
-            f"{args.out} can't be written ({error.strerror}): make room or name another --out"
-            f"{remedy}"
+            f"{args.out} can't be written ({error.strerror}): {remedy_of(error)} or name another "
+            f"--out{remedy}"
         ) from None
 
 
@@ -129,12 +129,21 @@ class NpzFile:
         check_settings(self.settings, args)
         # Whole batches only: what follows is then, bit for bit, what a run in one go makes.
         whole = args.n_batch * math.prod(self.shape)
+        new = not self.part.exists()
         self.file = open(self.part, "ab")
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(
                 f"{self.part} is being written by another process: wait, or name another --out"
+            ) from None
+        except OSError as error:
+            if new:
+                self.part.unlink()
+                self.settings.unlink()
+            raise UserError(
+                f"{self.part} can't be locked on its file system ({error.strerror}), which keeps "
+                f"others off it: name an --out on a local disk, or a folder"
             ) from None
         self.file.truncate(self.file.tell() // whole * whole)
         self.done = self.file.tell() // math.prod(self.shape)
@@ -241,4 +250,4 @@ def write_images(args, model, n, make, draw):
                 sink.write(make(indices))
                 bar.update(len(indices))
         sink.finish(n)
-    print(f"{args.out}: {n} images of {model.H.image_size} pixels")
+    print(one_line(f"{args.out}: {n} images of {model.H.image_size} pixels"))

@@ -4,191 +4,51 @@ A folder is packed once into an .npy of its own; mean, standard deviation and sp
 once, then kept in the run's folder as images.json.
 """
 
-import fcntl
 import hashlib
-import json
 import math
 import os
-import shutil
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from batches import Images, begin_worker, cores
-from errors import UserError
+from batches import Images
+from decoding import rgb_of
+from errors import UserError, one_line
+from file_kinds import not_regular, what_file
 from files import read_json, write_json
-from image_files import SUFFIXES, NpyImages, decode, fit, list_images, open_npy, write_npy
+from image_files import ImageArray, NpyImages, list_images, open_npy
 from launchers import world
-from options import setting
+from options import DEFAULTS, setting
+from packing import Packing, cached, names_in_packing, packed_images, state_of
 
-# ---- packing -------------------------------------------------------------------------------
-
-
-class _ToPack(Dataset):
-    """Item i: (image i of a folder, uint8 (S, S, 3), or None; None, or why it can't be used)."""
-
-    def __init__(self, root, names, size):
-        self.root, self.names, self.size = root, names, size
-
-    def __len__(self):
-        return len(self.names)
-
-    def __getitem__(self, i):
-        try:
-            return fit(decode((self.root / self.names[i]).read_bytes()), self.size), None
-        except OSError as error:
-            return None, f"can't be read ({error.strerror})"
-        except ValueError as error:
-            return None, str(error)
+# ---- the images ----------------------------------------------------------------------------
 
 
-def pack_images(root, names, size, out):
-    """Writes the images of a folder, fitted to `size`, as one .npy; returns {name: why not}.
-
-    Raises:
-        UserError: if there is no room for them, or not one can be used.
-    """
-    needed, free = len(names) * size * size * 3, shutil.disk_usage(out.parent).free
-    if needed > free:
-        raise UserError(
-            f"{len(names):,} images of {size} x {size} need {needed:,} bytes, {out.parent} has "
-            f"{free:,} free: make room"
-        )
-    bad = {}
-
-    def chunks():
-        loader = DataLoader(
-            _ToPack(root, names, size),
-            batch_size=16,
-            num_workers=cores() if len(names) > 100 else 0,
-            collate_fn=list,
-            worker_init_fn=begin_worker,
-            generator=torch.Generator(),
-        )
-        numbers = iter(names)
-        with tqdm(desc=f"packing {root}", total=len(names), unit=" images", disable=None) as bar:
-            for batch in loader:
-                for image, reason in batch:
-                    name = next(numbers)
-                    if reason:
-                        bad[name] = reason
-                    else:
-                        yield image[None]
-                bar.update(len(batch))
-        if len(bad) == len(names):
-            name, reason = next(iter(bad.items()))
-            raise UserError(f"{root}: none of {len(names)} images can be used; {name} {reason}")
-
-    write_npy(out, chunks())
-    return bad
-
-
-def cache_folders(root):
-    """Where packed images of a folder may lie: in it, or where it is read-only in the user's cache.
-
-    The latter is ${XDG_CACHE_HOME:-~/.cache}/vdvae.
-    """
-    root = Path(root).resolve()
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [root / ".vdvae", home / "vdvae" / hashlib.sha256(str(root).encode()).hexdigest()[:16]]
-
-
-def cached(root, name, source, make):
-    """make(folder)'s manifest, made once: (one of cache_folders(root), manifest).
-
-    The manifest is kept in it as NAME.json with `source`, which says what it was made from: while
-    that is the same, it is not made again. Of all processes of a host one makes it, the others
-    wait.
-
-    Raises:
-        UserError: if there is no place to write.
-    """
-
-    def fresh(folder):
-        manifest = read_json(folder / f"{name}.json") or {}
-        return manifest if manifest.get("source") == source else None
-
-    folders = cache_folders(root)
-    for folder in folders:
-        if manifest := fresh(folder):
-            return folder, manifest
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = open(folder / f"{name}.lock", "w")
-            break
-        except OSError as error:
-            reason = error.strerror
-    else:
-        raise UserError(
-            f"what is made of {root} can be written neither to {folders[0]} nor to {folders[1]} "
-            f"({reason}): set XDG_CACHE_HOME to a folder with room"
-        )
-    with lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
-        manifest = fresh(folder)  # where another process was first
-        if not manifest:
-            (folder / f"{name}.json").unlink(missing_ok=True)
-            manifest = {"source": source, **make(folder)}
-            write_json(folder / f"{name}.json", manifest)
-    return folder, manifest
-
-
-def state_of(root, names):
-    """A hash over files' names, sizes, times of change and permissions."""
-    listing = []
-    for name in names:
-        try:
-            stat = os.stat(root / name)
-            listing.append((name, stat.st_size, stat.st_mtime_ns, stat.st_mode))
-        except OSError:  # such as a link to nothing, which is packed as unreadable
-            listing.append((name,))
-    return hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-
-
-def packed_images(root, size):
-    """The images below a folder at `size`: (NpyImages, manifest), packed where none is cached.
-
-    The manifest holds measure's facts, the names of the `files` in the array's order, and `bad`,
-    a dict of those that can't be used, each with its reason.
-
-    Raises:
-        UserError: for a folder without images, or no place to write.
-    """
-    names, left_out = list_images(root)
-    if not names:
-        raise UserError(f"{root} holds no image: --data_root needs {', '.join(SUFFIXES)} files")
-
-    def pack(folder):
-        if left_out:
-            print(f"leaving out {len(left_out)} other files below {root}, first {left_out[0]}")
-        out = folder / f"{size}.npy"
-        bad = pack_images(root, names, size, out)
-        files = [name for name in names if name not in bad]
-        print(f"packed {len(files):,} images of {root} in {out}", flush=True)
-        return {**measure(NpyImages(out)), "bad": bad, "files": files}
-
-    folder, manifest = cached(root, str(size), state_of(root, names), pack)
-    shape = (len(manifest["files"]), size, size, 3)
-    return open_npy(folder / f"{size}.npy", shape, f"delete {folder} to pack anew"), manifest
-
-
-def open_own(H):
+def open_own(H, how):
     """(NpyImages, facts as of measure) of --data_root, a folder of images or one .npy.
+
+    how: the Packing of a folder.
 
     Raises:
         UserError: as packed_images and open_npy; for images that can't be used, unless --bad_images
             is skip; and for a missing or wrong --image_size.
     """
+    given = H.given_options  # None where a program has made H
+    if given is not None and "data_root" not in given and H.data_root == DEFAULTS["data_root"]:
+        raise UserError("own images need --data_root: name a folder of them, or an .npy file")
+    given = H.given_options  # None where a program has made H
+    if given is not None and "data_root" not in given and H.data_root == DEFAULTS["data_root"]:
+        raise UserError("own images need --data_root: name a folder of them, or an .npy file")
     root = Path(H.data_root)
     if root.suffix == ".npy" and not root.is_dir():
         try:
+            if special := not_regular(root):  # which could wait for ever
+                raise ValueError(f"it is {special}")
             found = NpyImages(root).shape
         except (OSError, ValueError) as error:
-            raise UserError(f"--data_root {root} is no complete .npy file ({error})") from None
+            kind, remedy = what_file(root)
+            reason = f"it is {kind}: {remedy}" if remedy else error
+            raise UserError(f"--data_root {root} is no complete .npy file ({reason})") from None
         n, size = (found + (0, 0))[:2]
         size = setting(H, "image_size") or size
         array = open_npy(root, (n, size, size, 3), "convert it, or name another --image_size")
@@ -198,7 +58,7 @@ def open_own(H):
         raise UserError(f"--data_root {root} is no folder: name one of images, or an .npy file")
     if not setting(H, "image_size"):
         raise UserError("--dataset images needs --image_size: the pixels of a side to resize to")
-    array, facts = packed_images(root, setting(H, "image_size"))
+    array, facts = packed_images(root, setting(H, "image_size"), measure, how)
     if bad := facts["bad"]:
         named = ", ".join(f"{name} {why}" for name, why in list(bad.items())[:3])
         problem = (
@@ -207,9 +67,9 @@ def open_own(H):
             f"{Path(array.path).with_suffix('.json')})"
         )
         if setting(H, "bad_images") != "skip":
-            raise UserError(f"{problem}: mend or remove them, or add --bad_images skip")
+            raise UserError(f"{problem}: repair or remove them, or add --bad_images skip")
         if world().rank == 0:
-            print(f"going on although {problem}", flush=True)
+            print(one_line(f"going on although {problem}"), flush=True)
     return array, facts
 
 
@@ -253,6 +113,10 @@ def measure(array):
 
 # ---- the run's record ----------------------------------------------------------------------
 
+# What each images.json has. Those of folders also have `files`, the names of the images in the
+# array's order, and `packing`; a set that has grown has `grown_from`, the sha256 at first.
+FACTS = {"image_size", "n_images", "valid", "test", "mean", "std", "sha256"}
+
 
 def read_record(path, keys):
     """The images.json of a run beside `path`, or None where there is none.
@@ -261,24 +125,159 @@ def read_record(path, keys):
         UserError: if it is none, or lacks one of keys.
     """
     path = Path(path).with_name("images.json")
-    record = read_json(path)
+    remedy = "put a copy of it back, or choose another --desc: it holds the run's split"
+    record = read_json(path, remedy)
     if record and not keys <= record.keys():
-        raise UserError(f"{path} lacks one of {', '.join(keys)}: delete it to measure anew")
+        raise UserError(f"{path} lacks one of {', '.join(sorted(keys))}: {remedy}")
     return record
+
+
+def _packing_for(H, record, path, own):
+    """The Packing of a run that goes on with, or starts from, what a record tells of images.
+
+    A run goes on with the pictures as it knew them, whatever today's packing makes of the files.
+
+    Args:
+        record, path: an images.json, None without; own: whether it is in the run's own folder.
+
+    Raises:
+        UserError: for another --background than the run's.
+    """
+    asked = Packing(background="#{:02x}{:02x}{:02x}".format(*rgb_of(setting(H, "background"))))
+    root = Path(H.data_root)
+    if not record or not root.is_dir():
+        return asked
+    known = Packing(*record.get("packing", (1, None)))
+    if asked not in (known, Packing()):  # another background is asked for
+        if own:
+            raise UserError(
+                f"--background {H.background}: {path} tells of images packed otherwise "
+                f"({known}): leave it out, or choose another --desc"
+            )
+        return asked
+    if not own and known != asked:  # weights of another run, maybe of other images
+        names = list_images(root, known.suffixes())[0]
+        files = record.get("files") or names_in_packing(
+            root, record["image_size"], record["sha256"]
+        )
+        if not (set(files) <= set(names) if files else record["n_images"] == len(names)):
+            return asked
+    if known != asked and world().rank == 0:
+        print(one_line(f"images are taken as {path} knows them: {known}"), flush=True)
+    return known
+
+
+def _grown(H, base, path, array, facts):
+    """A record of images of which some are known from another, and the rest is new.
+
+    The known ones keep the split, by name, with the mean and std; the new ones are split by
+    themselves by the same rule, where they are three at least; fewer train.
+
+    Raises:
+        UserError: if one that is known is gone, or is another picture now.
+    """
+    files, old = facts["files"], base["files"]
+    number = {name: i for i, name in enumerate(files)}
+    if gone := [name for name in old if name not in number]:
+        raise UserError(
+            f"--grow: {path} tells of {len(gone):,} images that {H.data_root} lacks (first "
+            f"{gone[0]}), and a renamed one would change sides of the split: put them back, or "
+            f"choose another --desc"
+        )
+    if measure(ImageArray(array, [number[name] for name in old]))["sha256"] != base["sha256"]:
+        raise UserError(
+            f"--grow: some of the {len(old):,} images that {path} tells of are other pictures now: "
+            f"put the former ones back, or choose another --desc"
+        )
+    known = set(old)
+    new = [name for name in files if name not in known]
+    parts = split_own(len(new)) if len(new) >= 3 else ((), ())
+    record = base | {"n_images": len(files), "files": files, "sha256": facts["sha256"]}
+    for key, part in zip(("valid", "test"), parts, strict=True):
+        record[key] = [number[old[i]] for i in base[key]] + [number[new[i]] for i in part]
+    record["grown_from"] = base.get("grown_from", base["sha256"])
+    if world().rank == 0:
+        sizes = [len(part) for part in parts]
+        print(
+            f"{len(new):,} images are new: {len(new) - sum(sizes):,} to train on, {sizes[0]:,} to "
+            f"validate, {sizes[1]:,} to test; the {len(old):,} others stay where they are",
+            flush=True,
+        )
+    return record
+
+
+def _warn_of_leak(base, path):
+    """Says that images of the weights' training may be in another part of a new split."""
+    if base.get("files") and world().rank == 0:
+        print(
+            one_line(
+                f"all {base['n_images']:,} images that {path} tells of are among these, yet the "
+                f"split is a new one: what the weights were trained on may be tested; --grow keeps "
+                f"their split"
+            ),
+            flush=True,
+        )
+
+
+def _changes(base, facts):
+    """What differs in words between the files that a record tells of and those of a packing."""
+    old, files = base.get("files"), facts.get("files")
+    if not old or not files:
+        return "the names of its files are not known"
+    lists = {"new": sorted({*files} - {*old}), "gone": sorted({*old} - {*files})}
+    words = [f"{len(names):,} {what}, first {names[0]}" for what, names in lists.items() if names]
+    return "; ".join(words) or "some of the files have changed"
+
+
+def _other_images(H, own, path, record, facts):
+    """The UserError for a run's folder that tells of other images than those of --data_root."""
+    if own["sha256"] == record["sha256"]:
+        return UserError(
+            f"{path} tells of another mean, std or split than the restored weights': choose "
+            f"another --desc"
+        )
+    remedy, changes = "put its images back, or choose another --desc", _changes(own, facts)
+    if own["image_size"] == record["image_size"] and "gone" not in changes:
+        if "new" in changes:
+            remedy = "add --grow to go on with the new ones too, or choose another --desc"
+        elif "names" in changes and own["n_images"] < record["n_images"]:
+            remedy = (
+                "choose another --desc; or take the new ones out, start once with --resume, which "
+                "notes the names, and add them again with --grow"
+            )
+    return UserError(
+        f"{path} tells of {own['n_images']} other images of {own['image_size']} pixels than the "
+        f"{record['n_images']} of {record['image_size']} of {H.data_root} ({changes}): {remedy}"
+    )
 
 
 def load_images(H):
     """The user's own images; sets H.image_size, H.image_mean, H.image_std and H.image_record.
 
     The record has mean, std and split, and is images.json in the run's folder once the run trains,
-    see keep_image_record. A run that restores the weights of another takes the mean and std of that
-    one, and its split where the images are the same.
+    see keep_image_record. A run that starts from weights takes the mean and std of those, which are
+    then in H.normalisation (starting.py), and their run's split where the images are the same, or
+    with --grow are among them. H.normalisation is (mean, std, where they stand) in the end.
 
     Raises:
         UserError: as open_own; if the run's folder tells of other images, or of another mean and
             std than the restored weights'; for fewer than 3 images or such of one level only.
     """
-    array, facts = open_own(H)
+    # The record of a run that goes, or that is not to be touched, is none of this one's.
+    logdir = None if setting(H, "overwrite") or H.occupied else H.logdir
+    places = [p for path in (H.restore_ema_path, H.restore_path, H.init_from, logdir) if path
+              for p in (path, os.path.realpath(path))]  # fmt: skip
+    known = [
+        (found, Path(p).with_name("images.json"))
+        for p in places
+        if (found := read_record(p, FACTS))
+    ]
+    # The restored weights' comes first: it is what they were trained with.
+    base, base_path = known[0] if known else (None, None)
+    own_path = logdir and Path(logdir).with_name("images.json")
+    own = read_record(logdir, FACTS) if logdir else None
+    how = _packing_for(H, base, base_path, own is not None and own == base)
+    array, facts = open_own(H, how)
     n, size = array.shape[:2]
     if n < 3 or not facts["std"]:
         raise UserError(
@@ -288,24 +287,45 @@ def load_images(H):
     valid, test = split_own(n)
     record = {"image_size": size, "n_images": n, "valid": valid.tolist(), "test": test.tolist()}
     record |= {key: facts[key] for key in ("mean", "std", "sha256")}
-    paths = [path for path in (H.restore_ema_path, H.restore_path, H.logdir) if path]
-    known = [found for path in paths if (found := read_record(path, record.keys()))]
-    if known:  # the restored weights' comes first: it is what they were trained with
-        same = known[0]["sha256"] == record["sha256"]
-        record |= known[0] if same else {key: known[0][key] for key in ("mean", "std")}
-    if H.logdir:
-        path, own = Path(H.logdir).with_name("images.json"), read_record(H.logdir, record.keys())
-        if own and own != record:
-            others = f"{own['n_images']} other images of {own['image_size']} pixels than the {n} of"
-            others += f" {size} of {H.data_root}"
-            if own["sha256"] == record["sha256"]:
-                others = "another mean, std or split than the restored weights'"
-            raise UserError(f"{path} tells of {others}: choose another --desc, or delete it")
+    if "files" in facts:
+        record |= {"files": facts["files"], "packing": list(how)}
+    if base and "files" not in base and "files" in facts:  # from before names were recorded
+        names = names_in_packing(H.data_root, base["image_size"], base["sha256"])
+        base = base | {"files": names, "packing": [1, None]} if names else base
+        own = base if own and own["sha256"] == base["sha256"] else own
+    grows = setting(H, "grow") and base and base["sha256"] != record["sha256"]
+    if grows and base.get("files") and base["image_size"] == size and "files" in facts:
+        same_run = own and own["sha256"] == base["sha256"]
+        record = _grown(H, base, base_path, array, facts)
+        own = record if same_run else own
+    elif grows and "files" not in facts:
+        raise UserError(f"--grow: images are added to a folder, and {H.data_root} is one .npy")
+    elif base:
+        same = base["sha256"] == record["sha256"]
+        record |= base if same else {key: base[key] for key in ("mean", "std")}
+        if not (same or own or grows) and {*base.get("files", ())} <= {*facts.get("files", ())}:
+            _warn_of_leak(base, base_path)
+    source = str(base_path) if base else f"measured on the training images of {H.data_root}"
+    if H.normalisation:
+        record["mean"], record["std"], source = H.normalisation
+    if own and any(own[key] != record[key] for key in FACTS):
+        raise _other_images(H, own, own_path, record, facts)
     H.image_size, H.image_mean, H.image_std = size, record["mean"], record["std"]
-    H.image_record = record
+    H.image_record, H.image_digest = record, record["sha256"]
+    H.normalisation = (record["mean"], record["std"], source)
     valid, test = (np.array(record[key], dtype=np.int64) for key in ("valid", "test"))
     train = train_indices(n, valid, test)
     return Images(array, train), Images(array, valid), Images(array, test)
+
+
+def epoch_begins_anew(H, old):
+    """Whether own images have grown since a checkpoint: its place in an epoch means no more.
+
+    old: the hyperparameters that the checkpoint has recorded.
+    """
+    record = H.image_record or {}
+    before = old.get("image_digest") or record.get("grown_from")
+    return before not in (None, record.get("sha256")) and "grown_from" in record
 
 
 def keep_image_record(H):

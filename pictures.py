@@ -1,12 +1,15 @@
 """Pictures with words in them: grids of images (Pillow), rates and learning curves (matplotlib)."""
 
+import functools
 import math
+import warnings
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from bounds import nats_to_bits
-from utils import tile_images
+from errors import needing, one_line
+from fonts import Font, chart_style
 
 # ---- grids ---------------------------------------------------------------------------------
 
@@ -29,38 +32,32 @@ def _wrapped(text, font, width):
     return "\n".join(lines)
 
 
-def tile_enlarged(images, rows, columns):
-    """utils.tile_images of uint8 (rows * columns, S, S, 3); below 32 pixels enlarged, set apart."""
-    zoom = max(1, 32 // images.shape[1])
-    enlarged = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
-    return tile_images(enlarged, rows, columns, border=zoom // 2)
-
-
 def labelled_grid(rows, row_labels, column_labels=(), title=""):
     """A PIL image of rows of images, each uint8 (n, S, S, 3), on white with their labels.
 
     Small images are enlarged by a whole number, to be legible: in up to twelve columns to 128
-    pixels at least, in more to 64. A row may be shorter than others.
+    pixels at least, in more to 64. A row may be shorter than others. Labels are a line each, names
+    of files for example: what is no printable character is escaped.
     """
     size, columns = rows[0].shape[1], max(map(len, rows))
     cell = size * math.ceil((128 if columns <= 12 else 64) / size)
     gap = max(4, cell // 32)
-    font = ImageFont.load_default(max(13, cell // 12))
-    line = int(font.size * 1.5)
-    column_labels = [_wrapped(label, font, cell) for label in column_labels]
+    font = Font(min(max(13, cell // 12), 40))
+    line, title, row_labels = font.line, one_line(title), [*map(one_line, row_labels)]
+    column_labels = [_wrapped(one_line(label), font, cell) for label in column_labels]
     depth = max((label.count("\n") + 1 for label in column_labels), default=0)
     left = int(max(map(font.getlength, row_labels))) + 2 * gap
     top = gap + line * (bool(title) + depth)
     width = max(left + columns * (cell + gap), int(font.getlength(title)) + 2 * gap)
     canvas = Image.new("RGB", (width, top + len(rows) * (cell + gap)), "white")
     draw = ImageDraw.Draw(canvas)
-    draw.text((gap, gap), title, "black", font)
+    font.draw(draw, (gap, gap), title)
     for column, label in enumerate(column_labels):
         center = left + column * (cell + gap) + cell // 2
-        draw.text((center, top - gap), label, "black", font, anchor="md", align="center")
+        font.draw(draw, (center, top - gap // 2), label, "md")
     for row, (images, label) in enumerate(zip(rows, row_labels, strict=True)):
         y = top + row * (cell + gap)
-        draw.text((left - gap, y + cell // 2), label, "black", font, anchor="rm")
+        font.draw(draw, (left - gap, y + cell // 2), label, "rm")
         for column, image in enumerate(images):
             enlarged = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
             canvas.paste(enlarged, (left + column * (cell + gap), y))
@@ -70,25 +67,68 @@ def labelled_grid(rows, row_labels, column_labels=(), title=""):
 # ---- charts --------------------------------------------------------------------------------
 
 
-def draw_rates(path, resolutions, rates, title):
+def _legible(draw):
+    """draw(path, ...) → the same with the texts among its arguments shown as they stand.
+
+    Names of runs are any text: with letters of any script, dollars, what is no text at all.
+    """
+
+    @functools.wraps(draw)
+    def drawn(path, *args, **more):
+        import matplotlib  # slow to import
+
+        args = [
+            one_line(arg)
+            if isinstance(arg, str)
+            else {one_line(label): value for label, value in arg.items()}
+            if isinstance(arg, dict)
+            else arg
+            for arg in args
+        ]
+        texts = [text for arg in args if isinstance(arg, str | dict) for text in arg]
+        with matplotlib.rc_context(chart_style(texts)), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph")  # of a letter that no font has
+            draw(path, *args, **more)
+
+    return drawn
+
+
+@_legible
+def draw_rates(path, resolutions, rates, title, active=None):
     """Writes a picture of where the bits go: a bar per layer, and the sums by resolution.
 
     Args:
         path: of the picture, in the format its suffix names.
         resolutions: that of each layer.
         rates: that of each layer, in nats per dimension.
+        active: (latent channels in use, latent channels) of each layer, drawn below it.
     """
-    from matplotlib.figure import Figure  # slow to import
+    with needing("matplotlib", "a picture of rates"):
+        from matplotlib.figure import Figure  # slow to import
 
     bits = nats_to_bits(np.asarray(rates))
     names = sorted(set(resolutions))
     colors = dict(zip(names, (f"C{i}" for i in range(len(names))), strict=True))
-    figure = Figure(figsize=(11, 4.2), layout="constrained")
+    figure = Figure(figsize=(11, 4.2 + 1.6 * bool(active)), layout="constrained")
     figure.suptitle(title)
-    layers, sums = figure.subplots(1, 2, width_ratios=(2.4, 1))
+    parts = figure.subplot_mosaic(
+        [["layers", "sums"]] + [["active", "sums"]] * bool(active),
+        width_ratios=(2.4, 1),
+        height_ratios=(3, 1)[: 1 + bool(active)],
+    )
+    layers, sums = parts["layers"], parts["sums"]
     layers.bar(range(len(bits)), bits, color=[colors[r] for r in resolutions])
-    layers.xaxis.get_major_locator().set_params(integer=True)
-    layers.set(xlabel="stochastic layer, from 0 at the top", ylabel="rate, bits/dim")
+    layers.set(ylabel="rate, bits/dim")
+    below = layers
+    if active:
+        in_use, widths = active
+        below = parts["active"]
+        below.sharex(layers)
+        below.bar(range(len(bits)), widths, color="0.9")
+        below.bar(range(len(bits)), in_use, color=[colors[r] for r in resolutions])
+        below.set(ylabel="active channels")
+    below.xaxis.get_major_locator().set_params(integer=True)
+    below.set(xlabel="stochastic layer, from 0 at the top")
     total = bits.sum()
     for row, r in enumerate(names):
         value = bits[np.asarray(resolutions) == r].sum()
@@ -102,23 +142,27 @@ def draw_rates(path, resolutions, rates, title):
     sums.margins(x=1)  # room for the words
     sums.xaxis.get_major_locator().set_params(nbins=3)  # and for those of small rates
     sums.set(xlabel="rate, bits/dim", title=f"by resolution, total {total:.3g}")
-    for axes in (layers, sums):
+    for axes in parts.values():
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=110)
 
 
+@_legible
 def draw_curves(path, runs):
     """Writes the learning curves of runs: bits/dim over steps and hours, gradient norm, skip rate.
 
     Args:
         path: of the picture, in the format its suffix names.
         runs: {label: (train, evaluations)}, dicts of arrays of one length: step, hours and bits;
-            of train also grad_norm and skip_rate.
+            of train also grad_norm and skip_rate; of evaluations, whose bits are those of the EMA,
+            also weights_bits_per_dim, NaN where the weights themselves were not evaluated.
     """
-    from matplotlib.figure import Figure  # slow to import
+    with needing("matplotlib", "a picture of curves"):
+        from matplotlib.figure import Figure  # slow to import
 
     figure = Figure(figsize=(12, 8), layout="constrained")
     (by_step, by_time), (norms, skips) = figure.subplots(2, 2)
+    with_weights = False
     late = []  # bits/dim after the first tenth of a run: what the axes must show
     hours = max(train["hours"][-1] for train, _ in runs.values())
     unit, scale = ("hours", 1) if hours > 2 else ("minutes", 60)
@@ -128,15 +172,23 @@ def draw_curves(path, runs):
         for axes, key, factor in ((by_step, "step", 1), (by_time, "hours", scale)):
             axes.plot(train[key] * factor, train["bits"], **style, alpha=0.5)
             axes.plot(evals[key] * factor, evals["bits"], **style, **dots)
+            own = evals.get("weights_bits_per_dim", evals["bits"] * math.nan)
+            if np.isfinite(own).any():
+                crosses = dict(marker="x", markersize=5, linestyle=":", label=f"{label}: weights")
+                axes.plot(evals[key] * factor, own, **{**style, **crosses})
+                with_weights = True
         norms.plot(train["step"], train["grad_norm"], **style, label=label)
         skips.plot(train["step"], train["skip_rate"], **style, label=label)
         late += [*train["bits"][train["step"] >= train["step"][-1] / 10], *evals["bits"]]
+        late += [*own]
     late = np.array(late)[np.isfinite(late)]
     for axes in (by_step, by_time):
         if len(late):
             margin = 0.05 * (late.max() - late.min()) or 0.1
             axes.set_ylim(late.min() - margin, late.max() + margin)
-        axes.set_ylabel("bits/dim (line: training, dots: validation)")
+        crosses = ", crosses: of the weights" if with_weights else ""
+        dots = "dots: validation of the EMA" if with_weights else "dots: validation"
+        axes.set_ylabel(f"bits/dim (line: training, {dots}{crosses})")
     norms.set(ylabel="gradient norm, largest per log line", yscale="log")
     skips.set(ylabel="skipped updates, share of the steps")
     top = max(np.nanmax(train["skip_rate"]) for train, _ in runs.values())

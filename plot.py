@@ -6,6 +6,9 @@
 A RUN is a folder with a log.jsonl, or such a file, of ours or of the original code.
 """
 
+import interrupts  # noqa: F401  the first: a Ctrl-C while the others are imported is one line
+
+# isort: split
 import json
 import math
 import os
@@ -16,9 +19,16 @@ import numpy as np
 
 from bounds import nats_to_bits
 from endings import run_command
-from errors import UserError
+from errors import UserError, one_line, reason_of
 from options import OneLineParser
+from options import path as path_type
 from pictures import draw_curves
+
+
+def columns(points, names):
+    """{name: array} of a list of dicts; only weights_bits_per_dim may lack, and then is NaN."""
+    lacking = {"weights_bits_per_dim": math.nan}
+    return {name: np.array([(lacking | p)[name] for p in points], dtype=float) for name in names}
 
 
 def read_log(path):
@@ -32,11 +42,13 @@ def read_log(path):
     """
     train, evals, hparams, start = [], [], {}, None
     try:
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise ValueError("it is no file of lines")  # a pipe would be waited for, for ever
         with open(path, encoding="utf-8") as file:
             for line in file:
                 try:
                     event = json.loads(line)
-                except json.JSONDecodeError:
+                except (json.JSONDecodeError, RecursionError):
                     continue
                 start = start or time.mktime(time.strptime(event["time"]))
                 if event.get("type") == "hparam":
@@ -53,33 +65,37 @@ def read_log(path):
                     evals.append(point)
                 else:
                     # The original logs a sum alone, over as many steps as there were.
-                    window = min(hparams.get("iters_per_print", math.inf), event["step"])
+                    window = max(1, min(hparams.get("iters_per_print", math.inf), event["step"]))
                     point.setdefault("skip_rate", event["skipped_updates"] / window)
                     while train and train[-1]["step"] >= event["step"]:
                         train.pop()
                     while evals and evals[-1]["step"] >= event["step"]:
                         evals.pop()
                     train.append(point)
+        shared = ("step", "hours", "bits")
+        train = columns(train, (*shared, "grad_norm", "skip_rate"))
+        evals = columns(evals, (*shared, "weights_bits_per_dim"))
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}): name a run's folder") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is no log.jsonl of a run ({error}): name another") from None
-    if not train:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
+        raise UserError(
+            f"{path} is no log.jsonl of a run ({reason_of(error)}): name another"
+        ) from None
+    if not len(train["step"]):
         raise UserError(
             f"{path} holds no train_loss line: name the log.jsonl of a run that has logged a step"
         )
-
-    def columns(points, names):
-        return {name: np.array([p[name] for p in points], dtype=float) for name in names}
-
-    shared = ("step", "hours", "bits")
-    return columns(train, (*shared, "grad_norm", "skip_rate")), columns(evals, shared)
+    return train, evals
 
 
 def main():
     parser = OneLineParser(prog="plot.py", description=__doc__.split("\n")[0])
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a log.jsonl")
-    parser.add_argument("--out", default="curves.png", help="picture to write, replaced if there")
+    parser.add_argument(
+        "runs", nargs="+", type=path_type, metavar="RUN", help="folder of a run, or a log.jsonl"
+    )
+    parser.add_argument(
+        "--out", type=path_type, default="curves.png", help="picture to write, replaced if there"
+    )
     args = parser.parse_args()
     args.out = args.out if Path(args.out).suffix else f"{args.out}.png"  # as matplotlib adds it
     runs = {}
@@ -90,7 +106,7 @@ def main():
         draw_curves(args.out, runs)
     except (OSError, ValueError) as error:
         raise UserError(f"--out {args.out} can't be written ({error}): name a .png") from None
-    print(f"{args.out}: {', '.join(runs)}")
+    print(one_line(f"{args.out}: {', '.join(runs)}"))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import torch
 
+from errors import UserError
 from hps import HPARAMS_REGISTRY, add_vae_arguments, parse_args_and_update_hparams
 from options import hparams_of
 from vae import VAE, parse_layer_string
@@ -24,7 +25,10 @@ def preset_of(shapes):
     """
     n_layers = sum(name.endswith("z_proj.weight") for name in shapes)
     for name in HPARAMS_REGISTRY:
-        H = get_hparams(name)
+        try:
+            H = get_hparams(name)
+        except UserError:  # a fork's own data set, whose size is not known here
+            continue
         if len(parse_layer_string(H.dec_blocks)) != n_layers:
             continue  # building a model only to see that takes a moment
         with torch.device("meta"):

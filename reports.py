@@ -1,5 +1,6 @@
 """What a run tells of itself: its summary, where its bits go, a line of progress, TensorBoard."""
 
+import math
 import os
 import weakref
 
@@ -7,9 +8,10 @@ import torch
 from tqdm import tqdm
 
 from bounds import nats_to_bits
-from errors import UserError
-from image_sets import result_notice
+from errors import UserError, needing
+from image_sets import IMAGE_SETS, result_notice
 from launchers import resolve_device, world
+from optimizers import linear_warmup
 from options import setting
 from pictures import draw_rates
 from vae import VAE
@@ -54,8 +56,11 @@ def _size(n_bytes):
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**28 else f"{n_bytes / 2**20:.1f} MiB"
 
 
-def summary(H, ema_vae, n_train, n_heldout):
-    """The facts of a run that one wants to see before it begins, a line each."""
+def summary(H, ema_vae, n_train, n_heldout, missing=False):
+    """The facts of a run that one wants to see before it begins, a line each.
+
+    missing: whether the files of a published data set are not here; the counts are its own.
+    """
     parameters = sum(p.numel() for p in ema_vae.parameters())
     # Weights, gradients, their average and AdamW's two moments: five float32 a parameter.
     state, images = 20 * parameters, H.n_batch * activation_bytes(H)
@@ -63,6 +68,8 @@ def summary(H, ema_vae, n_train, n_heldout):
         f"{sum(b.base == r for b in ema_vae.decoder.dec_blocks)} at {r}x{r}"
         for r in ema_vae.decoder.resolutions
     )
+    # A fork's own `data` makes the input in its own way.
+    mean, std, source = H.normalisation or (math.nan, math.nan, "of the data set's own code")
     global_batch = H.n_batch * setting(H, "grad_accum") * world().size
     betas = f"betas {H.adam_beta1:g} {H.adam_beta2:g}"
     device = resolve_device(setting(H, "device"))
@@ -73,8 +80,10 @@ def summary(H, ema_vae, n_train, n_heldout):
         "preset": H.hparam_sets,
         "network": f"{parameters:,} parameters, {len(ema_vae.decoder.dec_blocks)} stochastic "
         f"layers: {layers}",
-        "data": f"{H.dataset}, {H.image_size}x{H.image_size}, {n_train:,} to train on, "
+        "data": (f"not here, run {IMAGE_SETS[H.dataset].setup}; published are " if missing else "")
+        + f"{H.dataset}, {H.image_size}x{H.image_size}, {n_train:,} to train on, "
         f"{n_heldout:,} to {'test' if H.test_eval else 'validate'}",
+        "input": f"(level - {mean:.5g}) / {std:.5g}, mean and std: {source}",
         "device": f"{device}, {setting(H, 'precision')}, {processes}",
         "batch": f"{H.n_batch} a process, {global_batch} a step",
         "optimizer": f"AdamW, lr {H.lr:g} after {H.warmup_iters:g} steps, decay {H.wd:g}, {betas}",
@@ -91,14 +100,16 @@ def with_tensorboard(logprint, folder):
     """logprint, which from now on also writes the figures of losses for TensorBoard.
 
     Raises:
-        UserError: if TensorBoard is not installed.
+        UserError: if TensorBoard can't be imported, or can't write to a folder of that name.
     """
-    try:
+    with needing("tensorboard", "--tensorboard", ", or leave the option out"):
         from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
+    try:
+        folder.encode()
+    except UnicodeEncodeError:
         raise UserError(
-            f"--tensorboard needs the package tensorboard ({error}): pip install tensorboard, or "
-            f"leave the option out"
+            f"--tensorboard writes to no folder whose name is no UTF-8, such as {folder}: leave "
+            f"the option out, or name another --save_dir"
         ) from None
     if world().rank != 0:
         return logprint
@@ -108,12 +119,16 @@ def with_tensorboard(logprint, folder):
         nonlocal writer
         logprint(*args, **event)
         kind = event.get("type", "")
-        if kind.endswith("_loss"):
+        if not kind.endswith("_loss"):
+            return
+        try:
             writer = writer or SummaryWriter(folder)
             for key, value in event.items():
                 if isinstance(value, int | float) and key != "step":
                     writer.add_scalar(f"{kind}/{key}", value, event.get("step"))
             writer.flush()
+        except OSError as error:
+            logprint(f"WARNING: TensorBoard lacks the figures of this line ({error})")
 
     return log
 
@@ -131,8 +146,10 @@ def log_training(H, average, at, lr, global_batch, logprint):
     """Logs a `train_loss` line: accumulate_stats' averages, at a resuming.Progress.
 
     Args:
-        lr: learning rate of the step. global_batch: images of a step, of all processes.
+        lr: learning rate of the step, as `beta` is its weight of the rate in the loss.
+        global_batch: images of a step, of all processes.
     """
+    warmup = setting(H, "kl_warmup_iters")
     logprint(
         model=H.desc,
         type="train_loss",
@@ -140,6 +157,7 @@ def log_training(H, average, at, lr, global_batch, logprint):
         epoch=at.epoch,
         step=at.step,
         **average,
+        **({"beta": linear_warmup(warmup)(at.step - 1)} if warmup else {}),
         bits_per_dim=nats_to_bits(average["elbo"]),
         skip_rate=average["skipped_updates"] / len(at.stats),
         images_per_second=global_batch / average["iter_time"],
@@ -156,12 +174,37 @@ def skip_report(H, at):
     )
 
 
+def best_report(at):
+    """A line on the best evaluation so far, at a resuming.Progress."""
+    where = f"step {at.best['step']}" if at.best["step"] else "the restored log"
+    return (
+        f"{at.stale} evaluations brought nothing below {nats_to_bits(at.best['elbo']):.4f} "
+        f"bits/dim, of {where}"
+    )
+
+
+def young_ema(H, updates):
+    """A warning, while more than 5 % of an EMA without --ema_warmup are old weights; else None."""
+    rate = setting(H, "ema_rate")
+    share = rate**updates
+    if setting(H, "ema_warmup") or not updates or share <= 0.05:
+        return None
+    return (
+        f"WARNING: {share:.0%} of the EMA are still the weights that the run began with ({updates} "
+        f"updates at --ema_rate {rate:g}): its figures and pictures tell little of the training "
+        f"yet (--ema_warmup avoids that)"
+    )
+
+
 def log_evaluation(H, ema_vae, figures, logprint, name, **event):
     """Logs and draws an evaluation's rates by layer and resolution, then logs its figures.
+
+    Beside the rates stand the latent channels in use of each layer (bounds.LayerRates).
 
     The picture is rates-NAME.png in H.save_dir.
     """
     rates = figures.pop("rate_per_layer")
+    active = getattr(rates, "active", None)  # a fork's own rates are a list
     resolutions = [block.base for block in ema_vae.decoder.dec_blocks]
     by_resolution = dict.fromkeys(sorted(set(resolutions)), 0.0)
     for resolution, rate in zip(resolutions, rates, strict=True):
@@ -170,12 +213,15 @@ def log_evaluation(H, ema_vae, figures, logprint, name, **event):
         **event | {"type": event["type"].replace("loss", "rates")},
         rate_per_layer=[float(f"{rate:.5g}") for rate in rates],
         rate_per_resolution={r: float(f"{rate:.5g}") for r, rate in by_resolution.items()},
+        **({} if active is None else {"active_per_layer": active}),
     )
     if world().rank == 0:
         path = os.path.join(H.save_dir, f"rates-{name}.png")
         try:
             what = "test set" if name == "test" else f"step {name}"
-            draw_rates(path, resolutions, rates, f"{H.desc}, {what}: rate by layer")
-        except OSError as error:
+            widths = [block.zdim for block in ema_vae.decoder.dec_blocks]
+            title = f"{H.desc}, {what}: rate by layer"
+            draw_rates(path, resolutions, rates, title, *([(active, widths)] if active else []))
+        except (OSError, UserError) as error:
             logprint(f"WARNING: no picture {path} ({error})")
     logprint(**event, **figures)

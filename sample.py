@@ -7,6 +7,9 @@ An image's noise is a function of the seed and the image's index alone: image 7 
 rounding, in any batch size and however many others are made.
 """
 
+import interrupts  # noqa: F401  the first: a Ctrl-C while the others are imported is one line
+
+# isort: split
 import argparse
 import functools
 import math
@@ -20,10 +23,11 @@ from tqdm import tqdm
 import options
 from batches import preprocess
 from endings import run_command
-from errors import UserError, reason_of
+from errors import UserError, one_line, reason_of
+from file_kinds import not_regular
 from files import replace, sha256
 from hps import HPARAMS_REGISTRY
-from image_files import read_images
+from image_files import image_paths, read_images
 from noise import DECODING, ENCODING, SAMPLING, image_generators
 from options import OPTIONS, OneLineParser, complete
 from outputs import check_free, check_out, write_images, writing
@@ -53,7 +57,8 @@ def add_common_options(parser, in_command):
         return group.add_argument(f"--{name}", default=default, help=meaning, **kwargs)
 
     group = parser.add_argument_group("model")
-    add(group, "restore_ema_path", None, "weights: PREFIX-model-ema.th, a path or an address")
+    add(group, "restore_ema_path", None, "weights: PREFIX-model-ema.th, a path or an address",
+        type=options.path)  # fmt: skip
     action = add(group, "hps", None, "preset (none: told by the run's state.json or the weights)")
     complete(action, HPARAMS_REGISTRY)
     action = add(group, "device", "auto", "auto, cpu or cuda; auto is CUDA where there is one",
@@ -61,11 +66,14 @@ def add_common_options(parser, in_command):
     complete(action, options.device.values)
     add(group, "seed", 0, "seed of the noise", type=options.seed)
     add(group, "n_batch", 16, "images at a time", type=options.count)
+    add(group, "background", None, "laid under transparent images: a name or #rrggbb (none: as "
+        "the model's run had it, else white)", type=options.colour)  # fmt: skip
     add(group, "mean", False, "pixels: the mean of the mixture, without noise, not a sample",
         action="store_true")  # fmt: skip
     group = parser.add_argument_group("output")
     add(group, "out", None, "NAME.png: labelled grid; NAME.npz: arr_0, uint8 (n, S, S, 3); other "
-        "names: folder of PNGs (none: COMMAND.png; encode: latents.npz)")  # fmt: skip
+        "names: folder of PNGs (none: COMMAND.png; encode: latents.npz)",
+        type=options.path)  # fmt: skip
     add(group, "force", False, "replace what is there", action="store_true")
     group = parser.add_argument_group("network", "with --hps, for weights that are no preset's")
     for name, kind, _, meaning in OPTIONS["network"]:
@@ -105,14 +113,15 @@ def make_parser():
                      help="factor of the prior's standard deviations: a number, or R:t,R:t for "
                      "those at resolution R (others: 1)")  # fmt: skip
     sub = command("reconstruct", reconstruct, "images, and what their latents keep of them")
-    sub.add_argument("images", nargs="+", help="image files; the middle square, resized")
+    sub.add_argument("images", nargs="+", help="image files, or folders; the middle square, "
+                     "resized")  # fmt: skip
     add_keep_options(sub, temperature=0.1)
     sub = command("interpolate", interpolate, "images between two, along a line of latents")
-    sub.add_argument("images", nargs=2, metavar="IMAGE", help="image files; as in reconstruct")
-    sub.add_argument("--steps", type=options.count, default=8, help="images, both ends included")
+    sub.add_argument("images", nargs="+", metavar="IMAGE", help="two images; as in reconstruct")
+    sub.add_argument("--steps", type=options.several, default=8, help="images, both ends included")
     add_keep_options(sub, temperature=0.1)
     sub = command("progressive", progressive, "how images form: more layers row by row")
-    sub.add_argument("images", nargs="*", help="image files, as in reconstruct (none: samples)")
+    sub.add_argument("images", nargs="*", help="image files or folders (none: samples)")
     sub.add_argument("--n", dest="columns", metavar="N", type=options.count, default=8,
                      help="samples, where no images are given")  # fmt: skip
     sub.add_argument("--temperature", type=temperatures, default=1.0, help="of the samples' "
@@ -120,7 +129,7 @@ def make_parser():
     sub.add_argument("--rest", type=options.nonnegative, default=0.1,
                      help="temperature of the layers that are yet to come")  # fmt: skip
     sub = command("encode", encode, "image files to an .npz of their latents")
-    sub.add_argument("images", nargs="+", help="image files; as in reconstruct")
+    sub.add_argument("images", nargs="+", help="image files or folders; as in reconstruct")
     sub.add_argument("--gaussians", action="store_true",
                      help="also the means and log standard deviations of q and p")  # fmt: skip
     sub = command("decode", decode, "the .npz of encode back to images")
@@ -218,6 +227,12 @@ def samples(args, model):
     write_images(args, model, args.n, make, draw)
 
 
+def originals_of(args, model):
+    """The images that the command line names, uint8 (n, S, S, 3)."""
+    background = args.background or options.setting(model.H, "background")
+    return read_images(args.images, model.H.image_size, background)
+
+
 def latents_of(args, model, images, indices, get_gaussians=False):
     """Per block {z, kl, ...} of uint8 images (n, S, S, 3), whose noise is that of `indices`."""
     x, _ = preprocess(images, model.H)
@@ -237,7 +252,7 @@ def kept(model, k, temperature):
 
 def reconstruct(args, model):
     k, t = layers_to_keep(model, args), per_block(model, args.temperature)
-    originals = read_images(args.images, model.H.image_size)
+    originals = originals_of(args, model)
 
     def make(indices):
         stats = latents_of(args, model, originals[indices.start : indices.stop], indices)
@@ -258,7 +273,7 @@ def reconstruct(args, model):
 
 def interpolate(args, model):
     k, t = layers_to_keep(model, args), per_block(model, args.temperature)
-    originals = read_images(args.images, model.H.image_size)
+    originals = originals_of(args, model)
     # Both ends and all steps share the noise of image 0: only the latents' content changes.
     stats = latents_of(args, model, originals, (0, 0))
     weights = torch.linspace(0, 1, args.steps, device=model.H.device)
@@ -283,7 +298,7 @@ def progressive(args, model):
     ends = [i + 1 for i, base in enumerate(bases) if bases[i + 1 : i + 2] != [base]]
     labels = [f"to {bases[k - 1]}x{bases[k - 1]}: {k} of {len(bases)} layers" for k in ends]
     t, n = per_block(model, args.temperature), len(args.images) or args.columns
-    originals = read_images(args.images, model.H.image_size) if args.images else None
+    originals = originals_of(args, model) if args.images else None
 
     @functools.cache
     def encoded():
@@ -322,7 +337,7 @@ def progressive(args, model):
 def encode(args, model):
     with writing(args):
         check_free(args)
-    originals = read_images(args.images, model.H.image_size)
+    originals = originals_of(args, model)
     arrays = {}
     for first in tqdm(range(0, len(originals), args.n_batch), unit=" batches", disable=None):
         images = originals[first : first + args.n_batch]
@@ -341,7 +356,8 @@ def encode(args, model):
 
     with writing(args):
         replace(args.out, write)
-    print(f"{args.out}: {len(originals)} images, {len(model.decoder.dec_blocks)} layers")
+    n_layers = len(model.decoder.dec_blocks)
+    print(one_line(f"{args.out}: {len(originals)} images, {n_layers} layers"))
 
 
 def read_latents(path, model, weights):
@@ -353,10 +369,12 @@ def read_latents(path, model, weights):
         UserError: for a file that can't be read or fits another model.
     """
     latents, n = [], None
+    if special := not_regular(path):
+        raise UserError(f"{path} is {special}: name an .npz that sample.py encode has made")
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if str(arrays.get("weights", weights)) != weights:
-                print(f"WARNING: {path} was encoded with other weights", file=sys.stderr)
+                print(one_line(f"WARNING: {path} was encoded with other weights"), file=sys.stderr)
             for i, block in enumerate(model.decoder.dec_blocks):
                 z = arrays[f"z{i:03}"] if f"z{i:03}" in arrays else None
                 if z is not None:
@@ -405,6 +423,10 @@ def main():
     args = make_parser().parse_args()
     args.out = args.out or ("latents.npz" if args.command == "encode" else f"{args.command}.png")
     check_out(args)
+    if getattr(args, "images", None):
+        args.images = image_paths(args.images)
+        if args.command == "interpolate" and len(args.images) != 2:
+            raise UserError(f"interpolate goes from one image to another, not {len(args.images)}")
     args.function(args, open_model(args))
 
 

@@ -12,6 +12,8 @@
 # Environment: PYTHON           the interpreter (default: .venv of this folder, else python3)
 #              CHECKPOINTS_URL  another address of the folders vdvae-assets and vdvae-assets-2
 
+[ -n "${BASH_VERSION:-}" ] ||
+  { echo "error: this needs bash: start it as ./setup_checkpoints.sh or with bash in place of sh" >&2; exit 2; }
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_common.sh"
 [ $# -le 2 ] || fail "two arguments at most, not $#; -h shows the usage"
 "$PYTHON" -c 'import importlib.util, sys; sys.exit(not importlib.util.find_spec("torch"))' ||
@@ -66,9 +68,15 @@ try:
         check_weights(model, read_weights(path), path)
 except UserError as error:
     print(str(error))
-except (ValueError, KeyError, TypeError, AttributeError) as error:
+except Exception as error:  # a damaged file raises nearly anything
     print(f"{path} holds no optimizer state of {preset} ({error})".replace("\n", " "))
 END
+}
+
+# keep_address FILE URL: so that train.py and sample.py, given URL, take FILE for it.
+keep_address() {
+  PYTHONPATH=$here "$PYTHON" -c 'import sys; from downloads import keep_address
+keep_address(*sys.argv[1:])' "$@"
 }
 
 for kind in $files; do
@@ -91,6 +99,9 @@ for kind in $files; do
   [ -z "$problem" ] || reject "$part" "$problem"
   line="$file $(bytes_of "$part") $(checksum sha256 "$part")"
   echo "$line" >>"$record"
-  if [ "$part" != "$file" ]; then mv "$part" "$file"; fi
+  if [ "$part" != "$file" ]; then
+    mv "$part" "$file"
+    keep_address "$file" "$base/$place/$file"
+  fi
   echo "$line: the model of --hps $preset, recorded in $record"
 done

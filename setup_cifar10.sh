@@ -10,6 +10,8 @@
 #              CIFAR10_MD5  the md5 of that archive, where it is not the published one; the
 #                           published md5s of the single batches are then not checked
 
+[ -n "${BASH_VERSION:-}" ] ||
+  { echo "error: this needs bash: start it as ./setup_cifar10.sh or with bash in place of sh" >&2; exit 2; }
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_common.sh"
 [ $# -le 1 ] || fail "one folder at most, not $#; -h shows the usage"
 

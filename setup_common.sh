@@ -3,6 +3,8 @@
 # Every file is written as NAME.part and renamed when it has passed its checks, so that a file
 # under its final name is whole, and an interrupted run is repaired by running it again.
 
+[ -n "${BASH_VERSION:-}" ] && [ "$0" != "${BASH_SOURCE:-}" ] ||
+  { echo "error: this is no command: start one of the other setup_*.sh, with bash" >&2; exit 2; }
 set -euo pipefail
 
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)

@@ -9,6 +9,8 @@
 #
 # Environment: PYTHON  the interpreter (default: .venv of this folder, else python3)
 
+[ -n "${BASH_VERSION:-}" ] ||
+  { echo "error: this needs bash: start it as ./setup_ffhq1024.sh or with bash in place of sh" >&2; exit 2; }
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_common.sh"
 [ $# -eq 1 ] || fail "one folder is needed, the downloaded images1024x1024; -h shows the usage"
 [ -d "$1" ] || fail "no folder $1; name the downloaded images1024x1024"

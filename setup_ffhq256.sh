@@ -9,6 +9,8 @@
 #              FFHQ256_URL    another address of ffhq-256.npy
 #              FFHQ256_BYTES  its size, where that is not the published 13762560128
 
+[ -n "${BASH_VERSION:-}" ] ||
+  { echo "error: this needs bash: start it as ./setup_ffhq256.sh or with bash in place of sh" >&2; exit 2; }
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_common.sh"
 [ $# -le 1 ] || fail "one folder at most, not $#; -h shows the usage"
 

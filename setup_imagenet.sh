@@ -19,6 +19,8 @@
 #                              published facts the tars are checked against (for the npz files
 #                              train_box and valid_box stand for TAR, and only IMAGES is checked)
 
+[ -n "${BASH_VERSION:-}" ] ||
+  { echo "error: this needs bash: start it as ./setup_imagenet.sh or with bash in place of sh" >&2; exit 2; }
 source "$(dirname -- "${BASH_SOURCE[0]}")/setup_common.sh"
 case ${1:-} in
   imagenet32)

@@ -5,28 +5,30 @@ The same file runs under mpiexec, torchrun and srun. Losses are in nats per dime
 dimension: one of the three levels of a pixel); bits_per_dim is elbo / ln 2.
 """
 
+import interrupts  # noqa: F401  the first: a Ctrl-C while the others are imported is one line
+
+# isort: split
 import contextlib
 import math
 import os
 import time
 
-import imageio.v3 as imageio
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
 from batches import make_loader, training_batches
-from bounds import distortion_and_rates, importance_weighted_elbo, nats_to_bits
-from checkpoints import remove_old_checkpoints
+from bounds import LayerRates, distortion_and_rates, importance_weighted_elbo, nats_to_bits
+from checkpoints import remove_old_checkpoints, write_checkpoint
 from data import set_up_data
 from endings import Stopped, heartbeat, run_command, stop
-from errors import UserError
+from errors import MissingFiles, UserError, remedy_of
 from files import replace
 from fused import forward_precision
-from image_sets import result_notice
+from image_sets import IMAGE_SETS, result_notice
 from launchers import world
-from logs import buffer_log
+from logs import buffer_log, show_log
 from noise import (
     EVALUATION,
     IMPORTANCE,
@@ -36,19 +38,24 @@ from noise import (
     noise_of_images,
     noise_seed,
 )
-from options import setting
-from pictures import tile_enlarged
+from optimizers import all_finite, applied_updates, count_update, ema_rate_after, linear_warmup
+from options import Hyperparams, setting
+from pictures import labelled_grid
 from processes import allreduce
 from reports import (
+    best_report,
     log_evaluation,
     log_training,
     progress_bar,
     skip_report,
     summary,
     with_tensorboard,
+    young_ema,
 )
-from resuming import Progress, resume_run
-from run_folder import begin_run, begin_training
+from resources import naming_shortages
+from resuming import Progress, find_start, resume_run
+from run_folder import begin_run, begin_training, refuse_occupied
+from starting import starting_paths
 from train_helpers import (
     accumulate_stats,
     load_opt,
@@ -62,7 +69,6 @@ from utils import get_cpu_stats_over_ranks
 # Steps of this run at which to log and draw besides the regular ones: progress from the start.
 EARLY_STEPS = {1} | {2**k for k in range(3, 14)}
 
-
 OWN_SAMPLER = "noise was not drawn image by image: the figures depend on the batch size"
 
 
@@ -73,7 +79,8 @@ def training_step(H, data_input, target, vae, ema_vae, optimizer, iterate):
     """One step on a batch of input and target (N, R, R, 3), in --grad_accum parts.
 
     The update is skipped, on all ranks alike, if any saw a NaN or if the gradient norm, before
-    clipping, is not below H.skip_threshold.
+    clipping, is not below H.skip_threshold. With --kl_warmup_iters the rate's weight in the loss
+    grows to 1; `iterate`, from 0, is the step by which it goes.
 
     Returns:
         floats: elbo, distortion, rate (batch means over all ranks), rate_nans, distortion_nans
@@ -81,13 +88,17 @@ def training_step(H, data_input, target, vae, ema_vae, optimizer, iterate):
     """
     start = time.perf_counter()
     vae.zero_grad(set_to_none=True)
+    beta = linear_warmup(setting(H, "kl_warmup_iters"))(iterate)
     batches, parts = [t.chunk(setting(H, "grad_accum")) for t in (data_input, target)], []
     for last, part in enumerate(zip(*batches, strict=True), start=1 - len(batches[0])):
         # The processes average their gradients once, with those of the last part.
         with vae.no_sync() if last < 0 else contextlib.nullcontext():
             with forward_precision(setting(H, "precision"), data_input.device):
                 parts.append(vae(*part))
-            (parts[-1]["elbo"] / len(batches[0])).backward()
+            loss = parts[-1]["elbo"]
+            if beta < 1:
+                loss = parts[-1]["distortion"] + beta * parts[-1]["rate"]
+            (loss / len(batches[0])).backward()
     stats = {key: torch.stack([p[key].detach() for p in parts]).mean() for key in parts[0]}
     norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), H.grad_clip)
     stats = get_cpu_stats_over_ranks(  # the step's one wait for the device
@@ -107,7 +118,7 @@ def training_step(H, data_input, target, vae, ema_vae, optimizer, iterate):
     apply = not stats["rate_nans"] and not stats["distortion_nans"] and stats["grad_norm"] < limit
     if apply:
         optimizer.step()
-        update_ema(vae, ema_vae, H.ema_rate)
+        update_ema(vae, ema_vae, ema_rate_after(count_update(optimizer), H))
     return {**stats, "skipped_updates": float(not apply), "iter_time": time.perf_counter() - start}
 
 
@@ -129,9 +140,9 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
 
     Returns:
         n_batches, n_images; elbo, distortion and rate, means over images in nats per dimension;
-        filtered_elbo, over the images where it is finite; bits_per_dim; rate_per_layer, a list;
-        with H.iw_samples also iw_elbo, the importance-weighted bound, and iw_bits_per_dim; and
-        a notice where the figures must not be compared with others.
+        filtered_elbo, over the images where it is finite; bits_per_dim; rate_per_layer, a
+        bounds.LayerRates; with H.iw_samples also iw_elbo, the importance-weighted bound, and
+        iw_bits_per_dim; and a notice where the figures must not be compared with others.
 
     Raises:
         Stopped: if a signal asked for it.
@@ -143,7 +154,9 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         "n_images n_batches n_finite elbo finite_elbo distortion rate iw_elbo stopped foreign_noise"
         .split(), 0.0
     )  # fmt: skip
-    rate_per_layer = torch.zeros(len(ema_vae.decoder.dec_blocks), dtype=torch.float64)
+    widths = [block.zdim for block in ema_vae.decoder.dec_blocks]
+    rate_per_layer = torch.zeros(len(widths), dtype=torch.float64)
+    kl_per_channel = torch.zeros(sum(widths), dtype=torch.float64)
     for batch in tqdm(loader, "evaluating", disable=None if world().rank == 0 else True):
         heartbeat()
         if stop.requested():
@@ -156,7 +169,8 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
             forward_precision(setting(H, "precision"), x.device),
             noise_of_images(image_generators(indices, seed, EVALUATION)) as noise,
         ):
-            distortion, rates = distortion_and_rates(ema_vae, x, target)
+            channels = []  # of each layer, (N, Z)
+            distortion, rates = distortion_and_rates(ema_vae, x, target, channels)
         distortion, rates = distortion.double().cpu(), rates.double().cpu()  # (N,), (layers, N)
         rate = rates.sum(dim=0)  # (N,)
         elbo = distortion + rate  # (N,)
@@ -177,10 +191,13 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         sums["rate"] += rate.sum().item()
         sums["foreign_noise"] += noise.draws < len(rates)
         rate_per_layer += rates.sum(dim=1)
+        kl_per_channel += torch.cat(channels, dim=1).double().sum(dim=0).cpu()
     device = next(ema_vae.parameters()).device
-    totals = torch.tensor([*sums.values(), *rate_per_layer], dtype=torch.float64, device=device)
-    totals = allreduce(totals, average=False).tolist()
-    sums, rate_per_layer = dict(zip(sums, totals, strict=False)), totals[len(sums) :]
+    totals = [*sums.values(), *rate_per_layer, *kl_per_channel]
+    totals = allreduce(torch.tensor(totals, dtype=torch.float64, device=device), average=False)
+    sizes = [len(sums), len(widths), sum(widths)]
+    of_sums, rate_per_layer, kl_per_channel = totals.cpu().split(sizes)
+    sums = dict(zip(sums, of_sums.tolist(), strict=True))
     if sums["stopped"]:
         raise Stopped("stopped in an evaluation")
     n_images, n_finite = sums["n_images"], sums["n_finite"]
@@ -190,7 +207,7 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         "filtered_elbo": sums["finite_elbo"] / n_finite if n_finite else math.nan,
         **{name: sums[name] / n_images for name in ("elbo", "distortion", "rate")},
         "bits_per_dim": nats_to_bits(sums["elbo"] / n_images),
-        "rate_per_layer": [rate / n_images for rate in rate_per_layer],
+        "rate_per_layer": LayerRates(rate_per_layer / n_images, kl_per_channel / n_images, widths),
         **result_notice(H.dataset, OWN_SAMPLER if sums["foreign_noise"] else None),
     }
     if iw_samples:
@@ -218,24 +235,26 @@ def get_sample_for_visualization(data, preprocess_fn, num, dataset):
 
 @torch.no_grad()
 def write_images(H, ema_vae, viz_batch_original, viz_batch_processed, fname, logprint):
-    """Writes a PNG with a column per image (uint8 (N, R, R, 3), and as input) and rows of:
+    """Writes a labelled grid, a column per image (uint8 (N, R, R, 3), and as input), rows of:
 
     the originals; num_variables_visualize rows decoded from the first k latents, k evenly spaced
     over the layers, the rest sampled at t = 0.1; num_temperatures_visualize rows of samples at
-    t = 1.0, 0.9, 0.8, 0.7. Images under 32 pixels are enlarged and set apart, to be legible.
+    t = 1.0, 0.9, 0.8, 0.7. It is a PNG.
     """
     n = len(viz_batch_original)
     latents = [s["z"] for s in ema_vae.forward_get_latents(viz_batch_processed)]
-    rows = [np.asarray(viz_batch_original)]
+    rows = [("originals", np.asarray(viz_batch_original))]  # (label, uint8 (N, R, R, 3))
     for row in range(1, H.num_variables_visualize + 1):
         k = row * len(latents) // (H.num_variables_visualize + 1)
-        rows.append(ema_vae.forward_samples_set_latents(n, latents[:k], t=0.1))
+        images = ema_vae.forward_samples_set_latents(n, latents[:k], t=0.1)
+        rows.append((f"{k} of {len(latents)} layers", images))
     for t in (1.0, 0.9, 0.8, 0.7)[: H.num_temperatures_visualize]:
-        rows.append(ema_vae.forward_uncond_samples(n, t=t))
+        rows.append((f"samples t = {t}", ema_vae.forward_uncond_samples(n, t=t)))
     logprint(f"writing pictures to {fname}")
-    picture = tile_enlarged(np.concatenate(rows), len(rows), n)
-    content = imageio.imwrite("<bytes>", picture, extension=".png")
-    replace(fname, lambda partial: partial.write_bytes(content), durable=True)
+    title = f"{H.desc or ''} {os.path.splitext(os.path.basename(fname))[0]}".strip()
+    labels, images = zip(*rows, strict=True)
+    picture = labelled_grid(images, labels, title=title)
+    replace(fname, lambda partial: picture.save(partial, "PNG"), durable=True)
 
 
 def draw(H, ema_vae, viz, step, logprint):
@@ -255,25 +274,53 @@ def draw(H, ema_vae, viz, step, logprint):
 
 
 def save(H, name, progress, models, logprint, last=False):
-    """save_model on rank 0 of models (vae, ema_vae, optimizer); a failed save is logged.
+    """save_model on rank 0 of models (vae, ema_vae, optimizer); `best` has the EMA alone.
+
+    Weights that are no numbers are not saved. Where nothing is saved, the log says why.
 
     Raises:
-        UserError: if the last save of a run fails.
+        UserError: if it is the last save of a run.
     """
     if world().rank != 0:
         return
-    H.progress = progress.record()
+    H.progress, path = progress.record(), os.path.join(H.save_dir, name)
     try:
-        save_model(os.path.join(H.save_dir, name), *models, H)
+        if not all_finite(p for model in models[:2] for p in model.parameters()):
+            raise ArithmeticError("an update has made weights NaN or infinite")
+        if name == "best":
+            write_checkpoint(path, None, models[1], None, H)
+        else:
+            save_model(path, *models, H)
         if keep := setting(H, "keep_ckpts"):
             remove_old_checkpoints(H.save_dir, keep)
-    except OSError as error:
-        failure = (
-            f"{name} is not saved at step {progress.step} ({error}); the older files are whole"
-        )
+    except (OSError, ArithmeticError) as error:
+        why = f"{name} is not saved at step {progress.step} ({error}); the older files are whole"
         if last:
-            raise UserError(f"{failure}: make room, then go on with --resume") from None
-        logprint(f"WARNING: {failure}")
+            remedy = remedy_of(error) if isinstance(error, OSError) else "take a lower --lr"
+            raise UserError(f"{why}: {remedy}, then go on with --resume") from None
+        logprint(f"WARNING: {why}")
+
+
+def evaluate_run(H, models, at, data_valid, preprocess_fn, logprint):
+    """Evaluates the EMA, at a resuming.Progress, and saves it as `best` if it is that.
+
+    A young run on own images is judged by the weights themselves too. Raises Stopped as evaluate.
+    """
+    vae, ema_vae, optimizer = models
+    figures, updates = evaluate(H, ema_vae, data_valid, preprocess_fn), applied_updates(optimizer)
+    if H.dataset == "images" and updates < 3 / (1 - setting(H, "ema_rate")):
+        of_weights = evaluate(
+            Hyperparams(H, iw_samples=None), vae.module, data_valid, preprocess_fn
+        )
+        figures["weights_bits_per_dim"] = of_weights["bits_per_dim"]
+    if warning := young_ema(H, updates):
+        logprint(warning)
+    event = dict(model=H.desc, type="eval_loss", epoch=at.epoch, step=at.step)
+    log_evaluation(H, ema_vae, figures, logprint, at.step, **event)
+    at.judge(figures["elbo"])
+    if at.stale == 0 and at.best["elbo"] < at.saved_best:
+        save(H, "best", at, models, logprint)
+        at.saved_best = at.best["elbo"]
 
 
 def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint):
@@ -283,11 +330,13 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
         UserError: if there is no full batch to train on, the run's folder is in use, --max_skips
             updates in a row were skipped, or the state can't be saved at the end.
         Stopped: if a signal asked for it; the state is saved.
+
+    Where --patience evaluations in a row bring no new best, the run ends as if it were done.
     """
     # 1. What the steps need.
-    optimizer, scheduler, _, iterate, starting_epoch = load_opt(H, vae, logprint)
-    models, at = (vae, ema_vae, optimizer), Progress(H, iterate, starting_epoch)
-    seed, max_skips = setting(H, "seed"), setting(H, "max_skips")
+    optimizer, scheduler, cur_eval_loss, iterate, starting_epoch = load_opt(H, vae, logprint)
+    models, at = (vae, ema_vae, optimizer), Progress(H, iterate, starting_epoch, cur_eval_loss)
+    seed, max_skips, patience = (setting(H, name) for name in ("seed", "max_skips", "patience"))
     batches, loader = training_batches(H, data_train)
     global_batch = batches.n_batch * batches.size  # images of a step
     logprint(
@@ -298,6 +347,9 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
     begin_training(H)
     if starting_epoch >= H.num_epochs:
         logprint(f"nothing left to do: --num_epochs {H.num_epochs} are done, at step {at.step}")
+        return
+    if patience and at.stale >= patience:
+        logprint(f"nothing left to do: --patience {patience}: {best_report(at)}")
         return
 
     bar = progress_bar(H.num_epochs * len(batches), at.step)
@@ -340,32 +392,45 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
         # 5. The end of an epoch.
         if (at.epoch + 1) % H.epochs_per_eval == 0 or at.epoch + 1 == H.num_epochs:
             try:
-                figures = evaluate(H, ema_vae, data_valid, preprocess_fn)
+                evaluate_run(H, models, at, data_valid, preprocess_fn, logprint)
             except Stopped:
                 save(H, "latest", at, models, logprint, last=True)
                 raise
-            event = dict(model=H.desc, type="eval_loss", epoch=at.epoch, step=at.step)
-            log_evaluation(H, ema_vae, figures, logprint, at.step, **event)
         at.position = 0
+        if patience and at.stale >= patience:
+            break
 
     # 6. The end of the run.
     bar.close()
-    at.epoch = H.num_epochs
+    at.epoch += 1
+    if at.epoch < H.num_epochs:
+        logprint(f"the run ends at step {at.step}: --patience {patience}: {best_report(at)}")
     draw(H, ema_vae, viz, at.step, logprint)
     save(H, "latest", at, models, logprint, last=True)
 
 
+@naming_shortages()
 def main():
     buffer_log()  # what is refused below leaves no trace on the disk
     H, logprint = set_up_hyperparams()
-    H, data_train, data_valid_or_test, preprocess_fn = set_up_data(H)
+    find_start(H, logprint)
+    if H.test_eval and not any(starting_paths(H)):
+        raise UserError("--test_eval needs weights: name them with --restore_ema_path")
+    try:
+        H, data_train, data_valid_or_test, preprocess_fn = set_up_data(H)
+        n_train, n_heldout, missing = len(data_train), len(data_valid_or_test), False
+    except MissingFiles:
+        if not setting(H, "dry_run"):
+            raise
+        n_train, n_valid, n_test = IMAGE_SETS[H.dataset].counts
+        n_heldout, missing = n_test if H.test_eval else n_valid, True
+    refuse_occupied(H)
     resume_run(H, logprint)
     if setting(H, "tensorboard"):
         logprint = with_tensorboard(logprint, H.save_dir)
-    if H.test_eval and not (H.restore_ema_path or H.restore_path):
-        raise UserError("--test_eval needs weights: name them with --restore_ema_path")
     vae, ema_vae = load_vaes(H, logprint)
-    for line in summary(H, ema_vae, len(data_train), len(data_valid_or_test)):
+    show_log()
+    for line in summary(H, ema_vae, n_train, n_heldout, missing):
         logprint(line)
     if setting(H, "dry_run"):
         return

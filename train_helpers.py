@@ -21,10 +21,13 @@ from hps import Hyperparams, add_vae_arguments, parse_args_and_update_hparams
 from launchers import lone_warning, resolve_device, world
 from logs import is_buffered
 from optimizers import linear_warmup, make_optimizer, restore_optimizer
-from options import OneLineParser, add_own_options, setting
+from options import OneLineParser, add_own_options, given_options, setting
 from processes import describe_processes, join_processes
+from resources import try_compiler
 from resuming import read_log
 from run_folder import make_run_folder, name_save_dirs
+from starting import starting_paths
+from turns import each_host_first
 from utils import local_mpi_rank, logger, maybe_download, mpi_rank, mpi_size
 from vae import VAE
 from weights import check_weights, load_model, read_weights  # noqa: F401  load_model: as mkdir_p
@@ -59,12 +62,13 @@ def set_up_hyperparams(s=None):
     ]
     if taken:
         H.taken_options = taken
+    H.given_options = sorted(given_options(parser, s))
     setup_mpi(H)
     name_save_dirs(H)
     logprint = logger(H.logdir)
     if not (is_buffered() and hasattr(logprint, "buffers")):  # a fork's own writes at once
         make_run_folder(H.save_dir)
-    for key in sorted(H):
+    for key in sorted(H.keys() - {"given_options"}):
         logprint(type="hparam", key=key, value=H[key])
     np.random.seed(H.seed % 2**32)
     torch.manual_seed(H.seed)  # all ranks alike: it makes the weights
@@ -111,16 +115,9 @@ def setup_save_dirs(H):
     make_run_folder(H.save_dir)
 
 
-@contextlib.contextmanager
 def first_rank_first(local_rank, mpi_size):
-    """Lets each host's local rank 0 through the body before its other ranks."""
-    if mpi_size > 1 and local_rank > 0:
-        dist.barrier()
-    try:
-        yield
-    finally:
-        if mpi_size > 1 and local_rank == 0:
-            dist.barrier()
+    """Context: each host's local rank 0 goes through the body before its other ranks."""
+    return each_host_first(local_rank, mpi_size)
 
 
 def distributed_maybe_download(path, local_rank, mpi_size):
@@ -159,18 +156,26 @@ def load_vaes(H, logprint):
     # Initial weights are drawn twice, as in the original: programs that seed and then sample find
     # the generator where they left it.
     vae, ema_vae = VAE(H), VAE(H)
-    if H.restore_path:
-        logprint(f"restoring weights from {H.restore_path}")
-        restore_params(vae, H.restore_path, H.local_rank, H.mpi_size, map_cpu=True)
+    weights, ema_weights = starting_paths(H)
+    if weights:
+        logprint(
+            f"a new training starts: weights and EMA from {weights}"
+            if setting(H, "init_from")
+            else f"restoring weights and EMA from {weights}: no --restore_path names other weights"
+            if weights == ema_weights
+            else f"restoring weights from {weights}"
+        )
+        restore_params(vae, weights, H.local_rank, H.mpi_size, map_cpu=True)
     ema_vae.load_state_dict(vae.state_dict())
-    if H.restore_ema_path:
-        logprint(f"restoring EMA weights from {H.restore_ema_path}")
-        restore_params(ema_vae, H.restore_ema_path, H.local_rank, H.mpi_size, map_cpu=True)
+    if ema_weights and ema_weights != weights:
+        logprint(f"restoring EMA weights from {ema_weights}")
+        restore_params(ema_vae, ema_weights, H.local_rank, H.mpi_size, map_cpu=True)
     ema_vae.requires_grad_(False)
     vae, ema_vae = vae.to(device), ema_vae.to(device)
     if setting(H, "checkpoint_activations"):
         vae.checkpoint_activations()
     if setting(H, "compile") or setting(H, "cuda_graphs"):
+        try_compiler(device)
         for model in (vae, ema_vae):
             model.compile_blocks(setting(H, "cuda_graphs"))
     parameters = sum(p.numel() for p in vae.parameters())

@@ -1,15 +1,11 @@
-"""Small tools that know no VAE: ranks, means over them, logs, tiles, downloads."""
+"""Small tools that know no VAE: ranks, means over them, logs, tiles."""
 
 import math
-import os
-import urllib.error
-import urllib.request
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from errors import UserError
+from downloads import maybe_download  # noqa: F401  programs import it from here
 from launchers import world
 from logs import log_event
 from noise import image_generators  # noqa: F401  programs import it from here
@@ -58,7 +54,7 @@ def get_cpu_stats_over_ranks(stat_dict):
     return dict(zip(stat_dict, allreduce(torch.stack(values), average=True).tolist(), strict=True))
 
 
-# ---- logs, pictures, files -----------------------------------------------------------------
+# ---- logs, pictures ------------------------------------------------------------------------
 
 
 def logger(log_prefix):
@@ -96,23 +92,3 @@ def tile_images(images, d1=4, d2=4, border=1):
         top, left = border + row * (h + border), border + column * (w + border)
         tiled[top : top + h, left : left + w] = image
     return tiled
-
-
-def maybe_download(path, filename=None):
-    """A local path for `path`: itself, or for an http(s) URL the file it is fetched to, once.
-
-    Raises:
-        UserError: if the URL can't be fetched.
-    """
-    if not path.startswith(("http://", "https://")):
-        return path
-    filename = filename or os.path.basename(path)
-    if not os.path.exists(filename):
-        partial = f"{filename}.part{os.getpid()}"
-        try:
-            urllib.request.urlretrieve(path, partial)
-        except (OSError, urllib.error.ContentTooShortError) as error:
-            Path(partial).unlink(missing_ok=True)
-            raise UserError(f"{path} can't be fetched ({error}): download it by hand") from None
-        os.replace(partial, filename)
-    return filename

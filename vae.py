@@ -29,13 +29,13 @@ from fused import (
     checkpointed,
     gelu,
     gelu_conv,
-    in_float32,
     posterior_and_prior,
     prior_alone,
     segments,
     sharing_gelu,
+    without_autocast,
 )
-from noise import noise_of_images
+from noise import is_of_images, noise_of_images
 from vae_helpers import (
     DmolNet,
     HModule,
@@ -97,6 +97,9 @@ class Block(nn.Module):
         return gelu_conv(gelu_conv(h, self.c2), self.c3)
 
 
+_OWN_BLOCK = Block  # whose calls fused.py may replace, whatever a program puts under the name
+
+
 def _middle_width(H, width):
     return int(width * H.bottleneck_multiple)
 
@@ -136,14 +139,15 @@ class Encoder(HModule):
         if self.cuda_graphs:  # what they computed in the pass before may be overwritten
             torch.compiler.cudagraph_mark_step_begin()
         # Three channels cost little; in bf16 they cost more bits than any other convolution's.
-        with in_float32(x.device.type):
-            x = x.permute(0, 3, 1, 2).to(self.in_conv.weight.dtype)  # (N, 3, R, R)
+        with without_autocast(x.device.type):
+            x = x.permute(0, 3, 1, 2).to(next(self.in_conv.parameters()).dtype)  # (N, 3, R, R)
             x = self.in_conv(x)  # (N, H.width, R, R)
         activations = {}
         for segment in self.segments:
             blocks = self.enc_blocks[segment]
-            if blocks[0].down_rate is not None:  # what it pools is the last at its resolution
-                x = activations[x.shape[2]] = x.contiguous()  # programs take views of it
+            if getattr(blocks[0], "down_rate", None) is not None:  # x is the last before it pools
+                x = x.contiguous()  # programs take views of it
+            activations[x.shape[2]] = x
             x = checkpointed(self.checkpointing, nn.Sequential(*blocks), x)
             x = pad_channels(x, self.widths[x.shape[2]])  # (N, C, R, R) of the new R
         activations[x.shape[2]] = x.contiguous()
@@ -181,7 +185,7 @@ class DecBlock(nn.Module):
 
     def z_fn(self, z):
         """z (N, Z, R, R) → its share of the state (N, C, R, R)."""
-        with in_float32(z.device.type):  # few channels; its sum is float32
+        with without_autocast(z.device.type):  # few channels; its sum is float32
             return self.z_proj(channels_last(z))
 
     def _state(self, xs, like):
@@ -212,7 +216,7 @@ class DecBlock(nn.Module):
             (z, x, kl): z (N, Z, R, R), the state with the prior's residual (N, C, R, R), and the
             KL from prior to posterior (N, Z, R, R) in nats.
         """
-        q, p, x = posterior_and_prior(self.enc, self.prior, x, acts, 2 * self.zdim, Block)
+        q, p, x = posterior_and_prior(self.enc, self.prior, x, acts, 2 * self.zdim, _OWN_BLOCK)
         qm, qv = q.chunk(2, dim=1)  # each (N, Z, R, R)
         pm, pv = p.chunk(2, dim=1)  # each (N, Z, R, R)
         z = draw_gaussian_diag_samples(qm, qv)  # (N, Z, R, R)
@@ -227,7 +231,7 @@ class DecBlock(nn.Module):
         z is lvs (N, Z, R, R), or drawn at temperature t, a factor of the prior's standard
         deviation: None (1), a number, or a tensor that broadcasts against z.
         """
-        p, x = prior_alone(self.prior, x, 2 * self.zdim, Block)
+        p, x = prior_alone(self.prior, x, 2 * self.zdim, _OWN_BLOCK)
         if lvs is not None:
             return lvs, x
         pm, pv = p.chunk(2, dim=1)  # each (N, Z, R, R)
@@ -245,7 +249,8 @@ class DecBlock(nn.Module):
         gaussians = {}
         x, acts = self.get_inputs(xs, activations)  # each (N, C, R, R)
         x = self._mix_in(x, xs)  # (N, C, R, R)
-        z, x, kl = self.sample(x, acts, *[gaussians] * get_gaussians)  # z, kl (N, Z, R, R)
+        more = {"gaussians": gaussians} if get_gaussians else {}  # an overridden one takes two
+        z, x, kl = self.sample(x, acts, **more)  # z, kl (N, Z, R, R)
         x = x + self.z_fn(z)  # (N, C, R, R)
         xs[self.base] = self.resnet(x)  # (N, C, R, R)
         return xs, ({"z": z.detach()} if get_latents else {}) | {"kl": kl} | gaussians
@@ -254,6 +259,8 @@ class DecBlock(nn.Module):
         """The prior pass: xs, with z as in sample_uncond."""
         x = self._state(xs, max(xs.values(), key=len))  # (N, C, R, R)
         x = self._mix_in(x, xs)  # (N, C, R, R)
+        if lvs is not None and not torch.is_tensor(lvs):  # a numpy array, as a program stores them
+            lvs = torch.as_tensor(lvs).to(x)
         z, x = self.sample_uncond(x, t, lvs)  # (N, Z, R, R), (N, C, R, R)
         x = x + self.z_fn(z)  # (N, C, R, R)
         xs[self.base] = self.resnet(x)  # (N, C, R, R)
@@ -296,6 +303,7 @@ class Decoder(HModule):
     def forward(self, activations, get_latents=False, get_gaussians=False):
         """The posterior pass: (px_z, one dict a block), the dicts and options as DecBlock's."""
         xs, stats = self._start(len(next(iter(activations.values())))), []
+        more = {"get_gaussians": True} if get_gaussians else {}  # an overridden block takes three
         activated = {r: gelu(activations[r]) for r in self.resolutions}  # each (N, C, R, R)
         for segment in self.segments:
             blocks = self.dec_blocks[segment]
@@ -305,12 +313,14 @@ class Decoder(HModule):
                 xs, stats = dict(zip(resolutions, states, strict=True)), []
                 with sharing_gelu(acts, activated):
                     for block in blocks:
-                        xs, of_block = block(xs, {base: acts}, get_latents, *[True] * get_gaussians)
+                        given = activations | {base: acts}
+                        xs, of_block = block(xs, given, get_latents, **more)
                         stats.append(of_block)
                 return xs, stats
 
             tensors = activations[base], activated[base], *xs.values()
-            xs, of_blocks = checkpointed(self.checkpointing, run, *tensors)
+            on = self.checkpointing and not is_of_images()  # the default generator's is replayed
+            xs, of_blocks = checkpointed(on, run, *tensors)
             stats += of_blocks
         return self.final_fn(xs[self.H.image_size]), stats
 
@@ -342,14 +352,14 @@ class Decoder(HModule):
 
     def _temperature(self, t, i):
         """That of block i: t[i], or t itself where it is one for all."""
-        if not hasattr(t, "__getitem__") or np.ndim(t) == 0 and not isinstance(t, dict):
+        if not hasattr(t, "__getitem__") or getattr(t, "ndim", None) == 0:
             return t
         try:
             return t[i]
         except (KeyError, IndexError):
             raise ValueError(
-                f"{len(t)} temperatures given, none for block {i}; the decoder has "
-                f"{len(self.dec_blocks)} blocks: give one number, or one per block"
+                f"{len(self.dec_blocks)} blocks, but no temperatures from block {i} on: give one "
+                f"number, or one per block"
             ) from None
 
 
@@ -375,17 +385,11 @@ class VAE(HModule):
         self.decoder = Decoder(self.H)
 
     def checkpoint_activations(self):
-        """From now on keeps blocks' inputs alone for the backward pass and computes the rest anew.
-
-        A third more time for a fraction of the memory; noise is replayed, gradients are the same.
-        """
+        """From now on keeps blocks' inputs alone for the backward pass, computes the rest anew."""
         self.encoder.checkpointing = self.decoder.checkpointing = True
 
     def compile_blocks(self, cuda_graphs=False):
-        """From now on runs the residual blocks by torch.compile, one compilation per shape.
-
-        With cuda_graphs, each on CUDA as a graph of its kernels; on the CPU that changes nothing.
-        """
+        """From now on runs the residual blocks by torch.compile, with cuda_graphs as graphs."""
         self.encoder.cuda_graphs = cuda_graphs
         mode = "reduce-overhead" if cuda_graphs else None
         for block in self.modules():
@@ -442,4 +446,5 @@ class VAE(HModule):
             px_z = self.decoder.forward_manual_latents(n_batch, latents, t)
             # A fork's own output layer has the published arguments alone.
             options = {"mean": mean, "as_float": as_float}
-            return self.decoder.out_net.sample(px_z, **{k: v for k, v in options.items() if v})
+            with without_autocast(px_z.device.type):
+                return self.decoder.out_net.sample(px_z, **{k: v for k, v in options.items() if v})

@@ -1,62 +1,52 @@
 """Weights: from a .th file to the tensors of a known network."""
 
-import json
 import os
-import re
-import warnings
-from pathlib import Path
 
 import torch
 
-from errors import UserError, reason_of
+from errors import UserError
 from image_sets import IMAGE_SETS
 from launchers import resolve_device
 from options import OPTIONS, Hyperparams
-from own_images import read_record
 from presets import get_hparams, preset_of, shapes_of
+from records import no_network, normalisation_of, state_beside
+from torch_files import read_torch_file, what_content, why_not_plain
 from utils import maybe_download
 from vae import VAE
 
-
-def read_torch_file(path):
-    """What torch.save wrote, on the CPU: tensors and plain containers, nothing that runs code.
-
-    Raises:
-        UserError: for a file that is missing, truncated, foreign or holds other objects.
-    """
-    try:
-        with warnings.catch_warnings(action="ignore"):  # of old or odd formats: it reads, or not
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: check the path of the --restore option") from None
-    except IsADirectoryError:
-        raise UserError(f"{path} is a folder: name the .th file in it") from None
-    except Exception as error:  # a damaged file raises nearly anything
-        reason = reason_of(error)
-        if "weights_only" in str(error).lower().replace(" ", "_"):
-            reason = "it holds objects other than tensors, which could run code"
-        raise UserError(f"{path} is no complete checkpoint ({reason}): fetch it anew") from None
+# Parts of names that wrappers of a model put before or between its own: DataParallel and its
+# kin, torch.compile, FSDP, activation checkpointing.
+WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 
 
 def read_weights(path, map_ddp=True):
     """The state dict of a VAE in model.th or model-ema.th, ours or released, on the CPU.
 
-    map_ddp drops the `module.` that names in model.th start with.
+    map_ddp drops the `module.` that names in model.th start with, and what other wrappers of a
+    model put into names (WRAPPERS), in any order.
 
     Raises:
         UserError: for a file that can't be read or holds something else.
     """
     state = read_torch_file(path)
-    if not isinstance(state, dict) or not all(map(_is_plain, state.values())) or not state:
-        raise UserError(f"{path} holds no state dict of tensors: name a model.th or model-ema.th")
-    if map_ddp:
-        state = {str(name).removeprefix("module."): t for name, t in state.items()}
-    return state
-
-
-def _is_plain(value):
-    """Whether a file's entry is an ordinary tensor."""
-    return torch.is_tensor(value) and value.layout == torch.strided
+    if not isinstance(state, dict) or not state or not any(map(torch.is_tensor, state.values())):
+        what, remedy = what_content(state)
+        raise UserError(f"{path} holds no state dict of tensors, but {what}: {remedy}")
+    for name, t in state.items():
+        if reason := why_not_plain(t):
+            raise UserError(
+                f"{path} holds no state dict of tensors alone: {name} is {reason}; save the model "
+                f"anew with plain tensors, or name another model.th or model-ema.th"
+            )
+    if not map_ddp:
+        return state
+    own = {}
+    for name, t in state.items():
+        short = ".".join(part for part in str(name).split(".") if part not in WRAPPERS)
+        if short in own:
+            raise UserError(f"{path} holds {short} twice, of two wrappers: name a model-ema.th")
+        own[short] = t
+    return own
 
 
 def check_weights(model, state, path, asked="asked for"):
@@ -98,32 +88,22 @@ NETWORK = {"dataset", "image_size", "image_channels"} | {name for name, *_ in OP
 def recorded_hparams(path):
     """Hyperparameters of the run that wrote the weights `path`, or None where nothing tells them.
 
-    They stand in PREFIX-state.json beside PREFIX-model.th and PREFIX-model-ema.th, or beside the
-    file that `path` is a link to.
+    As records.state_beside.
 
     Raises:
-        UserError: if that file is damaged, or tells of no network.
+        UserError: if its file is damaged, or tells of no network.
     """
-    for place in (Path(path), Path(os.path.realpath(path))):
-        name, ours = re.subn(r"(^|-)model(-ema)?\.th$", r"\1state.json", place.name)
-        state = place.with_name(name)
-        if ours and state.exists():
-            break
-    else:
+    state, H = state_beside(path) or (None, None)
+    if H is None:
         return None
     try:
-        H = Hyperparams(json.loads(state.read_bytes())["hparams"])
         if H.dataset not in (None, *IMAGE_SETS):
             raise ValueError(f"unknown dataset {H.dataset!r}")
         H.hparam_sets = H.hparam_sets or "own network"  # of a program, not of train.py
         with torch.device("meta"):
             VAE(H)
-    except Exception as error:  # a damaged file raises nearly anything
-        raise UserError(
-            f"{state} does not tell the network of {path} ({reason_of(error)}): name its preset "
-            f"(--hps) and the other options of the network it was trained with, or move "
-            f"{state.name} away"
-        ) from None
+    except Exception as error:  # as of a damaged file
+        raise no_network(state, path, error) from None
     return H
 
 
@@ -153,9 +133,9 @@ def load_model(path, hps=None, device=None):
             f"options of the network it was trained with"
         )
     H = Hyperparams(H, device=resolve_device(device))
-    if H.dataset == "images":  # what is measured of them lies in the run's folder
-        facts = read_record(path, {"mean", "std"}) or {}
-        H.update({f"image_{key}": facts[key] for key in ("mean", "std") if facts})
+    shapes = (lambda: shapes_of(state)) if H.dataset == "images" else None
+    if known := normalisation_of(path, shapes, named=bool(hps)):
+        H.update(image_mean=known.mean, image_std=known.std)
     with torch.device("meta"):
         model = VAE(H)
     asked = "that the run beside it has recorded" if recorded else "asked for"

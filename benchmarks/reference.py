@@ -2,7 +2,7 @@
 
 NCHW, eager, every convolution on its own, nothing shared: section 3 of arXiv 2011.10650 read line
 by line. It computes the figures of `vae.VAE` with the same weights and the same noise
-(tests/test_speed.py).
+(tests/test_fused.py).
 
 Shapes as in vae.py.
 """

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+from types import MappingProxyType
 
 import numpy as np
 import pytest
@@ -85,7 +86,7 @@ def test_a_dict_of_temperatures_is_read_by_block_and_not_by_order(tiny):
         torch.manual_seed(3)
         made.append(net.decoder.forward_uncond(2, t))
     assert made[0].equal(made[1])
-    with pytest.raises(ValueError, match="none for block 1"):
+    with pytest.raises(ValueError, match="no temperatures from block 1"):
         net.decoder.forward_uncond(2, {0: 0.5})
 
 
@@ -463,3 +464,81 @@ def test_hosts_by_a_launchers_word(env, nodes, per_node, monkeypatch):
 
     monkeypatch.setattr(utils, "world", lambda: find_world(env))
     assert (utils.num_nodes(), utils.gpus_per_node()) == (nodes, per_node)
+
+
+# ---- what a program puts in a part's place ----------------------------------------------------
+
+
+@torch.no_grad()
+def test_temperatures_of_any_kind_that_reads_by_block(tiny):
+    _, net = tiny
+    n = len(net.decoder.dec_blocks)
+    mixed = [torch.full((2, 1, 1, 1), 0.5), *[0.5] * (n - 1)]
+    for t in (mixed, MappingProxyType(dict(enumerate(mixed))), [torch.tensor(0.5)] * n):
+        torch.manual_seed(3)
+        wanted = net.decoder.forward_uncond(2, 0.5)
+        torch.manual_seed(3)
+        assert torch.allclose(net.decoder.forward_uncond(2, t), wanted, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conv", ["enc.c2", "prior.c3", "resnet.c2"])
+def test_a_convolution_of_another_kind_is_called(tiny, conv):
+    """Circular padding, or a forward of the instance's own: neither is computed as a plain one."""
+    H, net = tiny
+    batch, module = inputs(H, 2, 7), net.decoder.dec_blocks[-1].get_submodule(conv)
+
+    def elbo():
+        torch.manual_seed(1)
+        return net(*batch)["elbo"].item()
+
+    plain = elbo()
+    module.padding_mode = "circular"
+    module._reversed_padding_repeated_twice = [1, 1, 1, 1]
+    assert elbo() != plain
+    module.padding_mode = "zeros"
+    assert elbo() == plain
+    module.forward = lambda x: 2 * nn.functional.conv2d(x, module.weight, module.bias, padding=1)
+    assert elbo() != plain
+
+
+@torch.no_grad()
+def test_a_replaced_block_class_and_hooks_leave_flat_views(tiny, monkeypatch):
+    H, net = tiny
+    calls = []
+
+    class Mine(vae_module.Block):
+        def forward(self, x):
+            calls.append(1)
+            return super().forward(x)
+
+    monkeypatch.setattr(vae_module, "Block", Mine)
+    mine = VAE(H)
+    mine.load_state_dict(net.state_dict())
+    stats = mine.decoder(mine.encoder(inputs(H, 2, 7)[0]), get_latents=True)[1]
+    n = len(mine.encoder.enc_blocks) + 3 * len(mine.decoder.dec_blocks)
+    assert len(calls) == n
+    assert all(s["z"].view(2, -1).shape[0] == 2 for s in stats)
+
+
+@torch.no_grad()
+def test_an_overridden_block_sees_all_activations(tiny):
+    H, net = tiny
+    block = net.decoder.dec_blocks[0]
+    original, seen = block.get_inputs, []
+    block.get_inputs = lambda xs, activations: (
+        seen.append(sorted(activations)) or original(xs, activations)
+    )
+    activations = net.encoder(inputs(H, 2, 7)[0])
+    net.decoder(activations)
+    assert seen == [sorted(activations)]
+
+
+def test_a_forks_preset_of_its_own_data_set_stands_in_no_ones_way(monkeypatch):
+    from presets import get_hparams, preset_of, shapes_of
+
+    monkeypatch.setitem(hps.HPARAMS_REGISTRY, "mine", Hyperparams(hps.digits, dataset="mydata"))
+    with torch.device("meta"):
+        shapes = shapes_of(VAE(get_hparams("digits")).state_dict())
+    assert preset_of(shapes).hparam_sets == "digits"
+    assert preset_of({"odd": (1,)}) is None

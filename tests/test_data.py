@@ -232,6 +232,7 @@ def test_what_does_not_fit_is_refused():
     assert_refused(lambda: set_up_data(H), "--image_size 32", "digits has 8 pixels")
     H.dataset = "cats"
     assert_refused(lambda: set_up_data(H), "'cats'", "photos32")
+    assert_refused(lambda: set_up_data(run_H(".", "mnist")), "'mnist'", "photos32")
 
 
 def test_preprocess_leaves_the_batch_alone():

@@ -84,7 +84,7 @@ def run_use(command, folder):
     """The finished command, with fewer samples, or None for a training, which is ended."""
     words = shlex.split(re.sub(r"--(n|iw_samples) \d{3,}", r"--\1 20", command))
     words = [sys.executable, str(REPO / words[1]), *words[2:]]
-    if "--tensorboard" in words:
+    if "--tensorboard" in words or "--init_from" in words:
         run_until(words, environment(), folder, "type: train_loss")
         return None
     return subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)

@@ -57,13 +57,14 @@ def test_every_kind_of_picture_becomes_rgb_resized_and_cut(tmp_path):
     smooth = np.linspace(0, 255, 48 * 64 * 3).reshape(48, 64, 3).astype(np.uint8)
     rgb = Image.fromarray(pixels)
     grey, palette = Image.fromarray(pixels[..., 0]), rgb.convert("P")
+    opaque = np.full((48, 64, 1), 255, np.uint8)
     turned = Image.Exif()
     turned[0x0112] = 6  # to be shown turned clockwise by 90 degrees
     pictures = {
         "0.png": (rgb, {}, rgb),
         "1.PNG": (grey, {}, grey.convert("RGB")),
         "2.png": (palette, {}, palette.convert("RGB")),
-        "deep/3.png": (Image.fromarray(np.dstack([pixels, pixels[..., :1]])), {}, rgb),
+        "deep/3.png": (Image.fromarray(np.dstack([pixels, opaque])), {}, rgb),
         "deep/4.webp": (rgb, {"lossless": True}, rgb),
         "deep/er/5.jpg": (Image.fromarray(smooth), {"quality": 95}, Image.fromarray(smooth)),
         "deep/er/6.png": (rgb, {"exif": turned}, rgb.transpose(Image.Transpose.ROTATE_270)),
@@ -161,14 +162,14 @@ def test_unusable_files_are_named_counted_and_refused_or_skipped(tmp_path, capsy
     good, _ = everything(own_H(root))
     imageio.imwrite(root / "a" / "small.png", noise(1, 15)[0])
     (root / "broken.jpg").write_bytes(b"\xff\xd8\xff")
-    Image.fromarray(noise(1, 32)[0]).convert("CMYK").save(root / "cmyk.jpg")
+    Image.fromarray(np.zeros((32, 32), np.float32)).save(root / "deep.tif")
     (root / "d.png").write_bytes((root / "a" / "000.png").read_bytes()[:-100])
     (root / "b" / "empty.webp").touch()
     (root / "e.png").symlink_to("nothing")
-    Image.fromarray(noise(1, 32)[0]).save(root / "z.png", format="GIF")  # whatever its name says
+    (root / "z.png").write_text("<html>")  # whatever its name says
     H = own_H(root)
     refusal = "7 of 19 images", "a/small.png is 15 x 15 pixels, smaller than 16"
-    refusal += "b/empty.webp cannot be decoded (no PNG, JPEG or WebP)", "broken.jpg"
+    refusal += "b/empty.webp cannot be decoded (it is empty)", "broken.jpg"
     refusal += "...", "16.json", "--bad_images skip"
     assert_refused(lambda: set_up_data(H), *refusal)
     capsys.readouterr()
@@ -178,9 +179,9 @@ def test_unusable_files_are_named_counted_and_refused_or_skipped(tmp_path, capsy
     assert "packed" not in printed  # the first, refused start did it
     assert "going on although 7 of 19 images" in printed and "a/small.png" in printed
     bad = json.loads((root / ".vdvae" / "16.json").read_text())["bad"]
-    names = "a/small.png", "b/empty.webp", "broken.jpg", "cmyk.jpg", "d.png", "e.png", "z.png"
+    names = "a/small.png", "b/empty.webp", "broken.jpg", "d.png", "deep.tif", "e.png", "z.png"
     assert tuple(bad) == names
-    assert "mode CMYK" in bad["cmyk.jpg"] and "No such file" in bad["e.png"]
+    assert "32 bits" in bad["deep.tif"] and "No such file" in bad["e.png"]
 
 
 def test_own_images_that_are_none(tmp_path):
@@ -282,7 +283,7 @@ def test_a_run_keeps_its_statistics_and_split(tmp_path):
     (run / "images.json").write_text("{}")
     assert len(everything(own_H(root, run=run))[0]) == 49  # an empty object is as good as none
     (run / "images.json").write_text('{"mean": 1}')
-    assert_refused(lambda: set_up_data(own_H(root, run=run)), run / "images.json", "delete it")
+    assert_refused(lambda: set_up_data(own_H(root, run=run)), run / "images.json", "lacks one of")
 
 
 # ---- runs ------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def test_two_processes_train_on_a_folder_that_one_packs_and_evaluate_its_test_se
     assert tested["n_images"] == 6 and math.isfinite(tested["bits_per_dim"])
 
     (root / "broken.png").touch()
-    status, stdout, stderr = command(tmp_path, root)
+    status, stdout, stderr = command(tmp_path, root, "--desc", "other")
     assert status == 2 and stderr.count("\n") == 1 and "broken.png cannot be decoded" in stderr
 
 

@@ -1,4 +1,4 @@
-"""Several processes of which one fails: the others end soon and say which; then all go on."""
+"""Across the rooms: one of several processes fails; the others end and name it; all go on."""
 
 import re
 import signal
@@ -121,15 +121,15 @@ def test_what_is_not_finite_on_one_rank_reaches_no_weight_on_any(size, kinds, tm
 
 
 def _packs_slowly():
-    import own_images
+    import packing
 
-    original = own_images.pack_images
+    original = packing.pack_images
 
     def wrapped(*args):
         time.sleep(TIMEOUT + 3)
         return original(*args)
 
-    own_images.pack_images = wrapped
+    packing.pack_images = wrapped
 
 
 @pytest.mark.slow

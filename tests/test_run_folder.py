@@ -84,16 +84,14 @@ def test_a_second_run_on_the_folder_is_refused(tmp_path):
     while not check_latest(tmp_path / "test"):
         time.sleep(0.05)
     log = tmp_path / "test" / "log.jsonl"
-    for resume in ([], ["--resume"]):
-        arguments = [a for a in options if a != "--resume"] + resume
+    in_use = f"is in use by process {first.process.pid} on"
+    for more, words in (([], "holds a run"), (["--resume"], in_use), (["--overwrite"], in_use)):
+        arguments = [a for a in options if a != "--resume"] + more
         status, text = Run(arguments, tmp_path / "o").wait()
         last = text.splitlines()[-1]
-        assert (
-            status == 2
-            and f"is in use by process {first.process.pid} on" in last
-            and "--desc" in last
-        )
+        assert status == 2 and words in last and "--desc" in last
         assert text.count("error:") == 1
+    assert check_latest(log.parent)
     assert sum(e.get("message", "").startswith("training model") for e in events(log.parent)) == 1
     first.kill()
     status, text = Run([*options, "--num_epochs", "2"], tmp_path / "o").wait()

@@ -65,7 +65,7 @@ def test_ema_alone_is_fetched_once_and_recorded(server, fetch):  # noqa: F811
     server.files[f"/vdvae-assets-2/{EMA}"] = data
     sha256 = hashlib.sha256(data).hexdigest()
     assert_done(fetch("cifar10-seed2"), f"{EMA} {len(data)} {sha256}", "--hps cifar10")
-    assert names_in(fetch.folder) == ["checkpoints.txt", EMA]
+    assert names_in(fetch.folder) == ["checkpoints.txt", EMA, f"{EMA}.address"]
     record = (fetch.folder / "checkpoints.txt").read_text()
     assert record == f"{EMA} {len(data)} {sha256}\n"
     assert_done(fetch("cifar10-seed2", "all"), "is in place")

@@ -1,4 +1,4 @@
-"""Two hosts: network namespaces joined by a link that is cut while they train."""
+"""Across the rooms: two hosts, network namespaces joined by a link that is cut while they train."""
 
 import contextlib
 import os

@@ -1,0 +1,227 @@
+"""One picture: the bytes of a file → its pixels in RGB, upright, of 8 bits."""
+
+import io
+import sys
+import warnings
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, ImageColor, ImageOps, PngImagePlugin
+from PIL import UnidentifiedImageError as Unidentified
+
+from errors import reason_of
+from file_kinds import REMEDIES, kind_of
+
+# What is read, whatever a file's name says. Left out are icons, which come with folders and are no
+# pictures of a set, and formats that other programs decode, such as EPS.
+FORMATS = (
+    "PNG JPEG WEBP BMP DIB GIF TIFF PPM TGA JPEG2000 AVIF PCX SGI SUN QOI PSD DDS XBM XPM".split()
+)
+SUFFIXES = tuple(
+    ".png .jpg .jpeg .webp .apng .avif .bmp .dds .dib .gif .j2k .jfif .jp2 .jpe .pbm .pcx .pgm "
+    ".pnm .ppm .psd .qoi .ras .sgi .tga .tif .tiff .xbm .xpm".split()
+)
+
+# Texts in a PNG count for nothing here; Pillow's limits on them, 1 and 64 MiB, refuse the picture.
+PngImagePlugin.MAX_TEXT_CHUNK = max(PngImagePlugin.MAX_TEXT_CHUNK, 2**28)
+PngImagePlugin.MAX_TEXT_MEMORY = max(PngImagePlugin.MAX_TEXT_MEMORY, 2**29)
+
+# What is said of pictures that were not simply read.
+LAID = "with transparency, laid on {background}"
+DIVIDED = "of 16 bits a channel, divided by 257"
+FIRST = "of several frames, the first taken"
+
+# Frames that are no pictures after each other: previews of a camera, layers.
+NO_SEQUENCE = ("JPEG", "MPO", "PSD")
+
+
+def decode(data, background="white"):
+    """The image that a file holds, as decode_noting."""
+    return decode_noting(data, background)[0]
+
+
+def decode_noting(data, background="white"):
+    """(a file's image: PIL, mode RGB, upright as its EXIF data say; its LAID, DIVIDED, FIRST).
+
+    Grey is repeated in the three channels, palette entries are looked up, CMYK becomes RGB.
+
+    Args:
+        data: the file's bytes.
+        background: colour that transparency is laid on, by name or as #rrggbb.
+
+    Raises:
+        ValueError: with the reason, for bytes that don't decode, or 32 bits a channel.
+    """
+    notes = []
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of damaged EXIF data and the like
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+            if image.format not in NO_SEQUENCE and getattr(image, "is_animated", False):
+                notes.append(FIRST)
+            levels = _deep_levels(image, data)  # before image.load(), which forgets its layout
+            image.load()
+            turn = _turn(image)
+            if levels is not None:
+                notes.append(DIVIDED)
+                image = _of_levels(levels, image)
+            if image.mode not in ("I", "F"):
+                image, laid = _to_rgb(image, background)
+                image = image.transpose(turn) if turn is not None else image
+                return image, notes + [LAID] * laid
+    except Unidentified:  # whose message names an object in memory
+        kind = kind_of(data[:1024])
+        what = f"it is {kind}" if kind else "no format that is read"
+        remedy = f": {REMEDIES[kind]}" if kind in REMEDIES else ""
+        raise ValueError(f"cannot be decoded ({what}){remedy}") from None
+    except Exception as error:  # damaged bytes make PIL's decoders raise nearly anything
+        raise ValueError(f"cannot be decoded ({reason_of(error)})") from None
+    raise ValueError(f"has 32 bits a channel (mode {image.mode}), not 8 or 16")
+
+
+def _turn(image):
+    """The transposition that makes a loaded image upright, or None.
+
+    Of the EXIF data nothing but the orientation is read: other tags may be of any wrong type.
+    """
+    try:
+        return {
+            2: Image.Transpose.FLIP_LEFT_RIGHT,
+            3: Image.Transpose.ROTATE_180,
+            4: Image.Transpose.FLIP_TOP_BOTTOM,
+            5: Image.Transpose.TRANSPOSE,
+            6: Image.Transpose.ROTATE_270,
+            7: Image.Transpose.TRANSVERSE,
+            8: Image.Transpose.ROTATE_90,
+        }.get(image.getexif().get(ExifTags.Base.Orientation))
+    except Exception:  # as of damaged bytes: a picture without a known orientation
+        return None
+
+
+def rgb_of(colour):
+    """(red, green, blue) of a colour's name or #rrggbb."""
+    return ImageColor.getrgb(colour)[:3]
+
+
+def _to_rgb(image, background):
+    """(an image in mode RGB, whether something of it was transparent, and lies on background)."""
+    if image.mode == "LAB":
+        profiles = [ImageCms.createProfile(name) for name in ("LAB", "sRGB")]
+        return ImageCms.profileToProfile(image, *profiles, outputMode="RGB"), False
+    if not image.has_transparency_data:
+        return image.convert("RGB"), False
+    image = image.convert("RGBA")
+    if image.getchannel("A").getextrema()[0] == 255:
+        return image.convert("RGB"), False
+    flat = Image.new("RGBA", image.size, (*rgb_of(background), 255))
+    return Image.alpha_composite(flat, image).convert("RGB"), True
+
+
+# ---- 16 bits a channel ---------------------------------------------------------------------
+
+
+def _deep_levels(image, data):
+    """The levels (H, W) or (H, W, C) of an image of 16 bits a channel, 0 to 65535; None of others.
+
+    Of such colours Pillow keeps the upper byte alone. Read once more as if their bytes stood in the
+    other order, the image is that of their lower bytes.
+    """
+    if image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I"):
+        return np.asarray(image).astype(np.int64)
+    if not image.tile:
+        return None
+    arguments, offset = image.tile[0].args, image.tile[0].offset
+    if arguments == ("RGB", 65535) and data.startswith(b"P6"):  # a PPM
+        width, height = image.size
+        levels = np.frombuffer(data, ">u2", width * height * 3, offset)
+        return levels.reshape(height, width, 3).astype(np.int64)
+    raw = arguments if isinstance(arguments, str) else arguments[0] if arguments else None
+    if not isinstance(raw, str) or not raw.endswith((";16B", ";16L", ";16N")):
+        return None
+    if raw.endswith("N"):  # native
+        other = raw[:-1] + {"little": "B", "big": "L"}[sys.byteorder]
+    else:
+        other = raw[:-1] + {"B": "L", "L": "B"}[raw[-1]]
+    lower = Image.open(io.BytesIO(data), formats=FORMATS)
+    if raw == "LA;16B":  # of which there is no other order: four bytes a pixel
+        lower.tile = [tile._replace(args="RGBA") for tile in lower.tile]
+        grey_alpha = np.asarray(lower).astype(np.int64)  # (H, W, 4)
+        return grey_alpha[..., [0, 0, 0, 2]] * 256 + grey_alpha[..., [1, 1, 1, 3]]
+    lower.tile = [
+        tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:]))
+        for tile in lower.tile
+    ]
+    lower = np.asarray(lower).astype(np.int64)
+    upper = np.asarray(Image.open(io.BytesIO(data), formats=FORMATS)).astype(np.int64)
+    return upper * 256 + lower
+
+
+def _of_levels(levels, image):
+    """A loaded image's levels (H, W) or (H, W, C) of 16 bits as an image of 8, floor(level / 257).
+
+    The level or colour that its file gives as transparent is so.
+    """
+    pixels, key = (levels // 257).astype(np.uint8), image.info.get("transparency")
+    if isinstance(key, int | tuple) and (levels.ndim == 2 or levels.shape[2] == 3):
+        grey = pixels[..., None] if levels.ndim == 2 else pixels  # (H, W, 1 or 3)
+        differs = levels.reshape(*grey.shape) != np.asarray(key)
+        alpha = differs.any(axis=2, keepdims=True) * np.uint8(255)
+        return Image.fromarray(np.dstack([np.broadcast_to(grey, (*grey.shape[:2], 3)), alpha]))
+    mode = "L" if levels.ndim == 2 else image.mode
+    return Image.frombytes(mode, image.size, np.ascontiguousarray(pixels).tobytes())
+
+
+# ---- the middle square ---------------------------------------------------------------------
+
+# The long side over the short one from which on the middle is cut out before anything else: a
+# square of 64 pixels of one of 3 x 400,000 took 4.3 GiB. No panorama that one trains on is so long.
+LONG = 16
+
+
+def _middle(image):
+    """An image, of a very long one the middle."""
+    short, long = min(image.size), max(image.size)
+    if long <= LONG * short:
+        return image
+    start = (long - LONG * short) // 2
+    box = (start, 0, start + LONG * short, short)
+    return image.crop(box if image.width == long else (box[1], box[0], box[3], box[2]))
+
+
+def fit(image, size, enlarge=False):
+    """A PIL image as uint8 (size, size, 3): short side to `size` (Lanczos), the middle cut out.
+
+    enlarge: a smaller one is made larger first (bicubic).
+
+    Raises:
+        ValueError: for an image with a side shorter than `size`, without enlarge.
+    """
+    short = min(image.size)
+    if short < size and not enlarge:
+        raise ValueError(f"is {image.width} x {image.height} pixels, smaller than {size}")
+    image = _middle(image)
+    if short < size:
+        image = ImageOps.cover(image, (size, size))
+        short = min(image.size)
+    width, height = (round(side * size / short) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    left, top = (width - size) // 2, (height - size) // 2
+    return np.asarray(image.crop((left, top, left + size, top + size)))
+
+
+# ---- as before -----------------------------------------------------------------------------
+
+
+def decode_as_before(data):
+    """The image of a file as packing of version 1 took it: alpha dropped, few kinds read.
+
+    Raises:
+        ValueError: with the reason, for what it refused.
+    """
+    try:
+        image = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
+        if image.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA"):
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except Unidentified:
+        raise ValueError("cannot be decoded (no PNG, JPEG or WebP)") from None
+    except Exception as error:  # as in decode_noting
+        raise ValueError(f"cannot be decoded ({reason_of(error)})") from None
+    raise ValueError(f"has mode {image.mode}, which is not 8-bit RGB, grey or palette")

@@ -1,0 +1,147 @@
+"""Files from addresses: each address's own, and nothing else under its name."""
+
+import contextlib
+import http.server
+import io
+import json
+import os
+import threading
+import time
+
+import pytest
+import torch
+
+from downloads import keep_address, maybe_download
+from errors import UserError
+
+
+def th(value):
+    data = io.BytesIO()
+    torch.save({"w": torch.full((3,), float(value))}, data)
+    return data.getvalue()
+
+
+def value_in(path):
+    return torch.load(path, weights_only=True)["w"][0].item()
+
+
+FILES = {
+    "/runA/latest-model-ema.th": th(1),
+    "/runB/latest-model-ema.th": th(2),
+    "/page.th": b"<html>log in</html>",
+    "/lfs.th": b"version https://git-lfs.github.com/spec/v1\n",
+    "/page.jsonl": b"<!doctype html>",
+    "/log.jsonl": b'{"type": "train_loss", "step": 1, "epoch": 0}\n',
+}
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """Its address; server.asked are the paths it was asked for."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            if self.path == "/odd":
+                return self.wfile.write(b"no HTTP at all\r\n\r\n")
+            if self.path == "/busy.th":
+                return self.send_error(503)
+            content = FILES.get(self.path)
+            if content is None:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_):
+            pass
+
+    asked = []
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as found:
+        threading.Thread(target=found.serve_forever, args=(0.02,), daemon=True).start()
+        found.url, found.asked = f"http://127.0.0.1:{found.server_port}", asked
+        yield found
+        found.shutdown()
+
+
+def test_two_addresses_with_one_last_part(server):
+    a, b = (f"{server.url}/run{run}/latest-model-ema.th" for run in "AB")
+    assert maybe_download(a) == "latest-model-ema.th"  # where programs expect it
+    other = maybe_download(b)
+    assert other.endswith("-latest-model-ema.th")
+    assert (value_in("latest-model-ema.th"), value_in(other)) == (1, 2)
+    assert maybe_download(a) == "latest-model-ema.th" and maybe_download(b) == other
+    assert len(server.asked) == 2  # each was fetched once
+    with open(other, "wb") as file:
+        file.write(th(9))  # somebody's own, by now
+    with pytest.raises(UserError, match="move it away"):
+        maybe_download(b)
+    assert value_in(other) == 9
+    assert maybe_download(b, "mine.th") == "mine.th" and value_in("mine.th") == 2
+    assert value_in(maybe_download(a, "mine.th")) == 1 and value_in("mine.th") == 2
+
+
+def test_a_file_of_no_known_address_is_neither_taken_nor_replaced(server, capsys):
+    a, b = (f"{server.url}/run{run}/latest-model-ema.th" for run in "AB")
+    with open("latest-model-ema.th", "wb") as file:
+        file.write(FILES["/runA/latest-model-ema.th"])  # of wget, or of one's own run
+    assert value_in(maybe_download(b)) == 2 and value_in("latest-model-ema.th") == 1
+    assert maybe_download(a) == "latest-model-ema.th"  # it is that one, byte by byte
+    assert maybe_download(a) == "latest-model-ema.th" and len(server.asked) == 2
+    # Replaced since: what stands beside it tells of another file.
+    os.utime("latest-model-ema.th", (1, 1))
+    assert maybe_download(a) == "latest-model-ema.th" and len(server.asked) == 3
+    with open("latest-model-ema.th", "wb") as file:
+        file.write(th(7))
+    assert value_in(maybe_download(a)) == 1 and value_in("latest-model-ema.th") == 7
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink("latest-model-ema.th.address")
+    server.shutdown()
+    server.server_close()
+    capsys.readouterr()
+    unreachable = "http://127.0.0.1:9/runC/latest-model-ema.th"
+    assert maybe_download(unreachable) == "latest-model-ema.th"  # as the original, but it says so
+    assert "WARNING" in capsys.readouterr().err
+    with pytest.raises(UserError, match="can't be fetched"):
+        maybe_download("http://127.0.0.1:9/other.th")
+
+
+def test_what_does_not_open_is_not_kept(server):
+    for path, words in {
+        "/page.th": "what it sends is no complete checkpoint .it is a web page",
+        "/lfs.th": "git lfs pull",
+        "/page.jsonl": "leads to no file: it is a web page",
+        "/runA/": "is the address of a folder",
+        "/": "is the address of a folder",
+        "/absent.th": "404.*check the address",
+        "/busy.th": "503.*later",
+        "/odd": "can't be fetched",
+        "/a b.th": "can't be fetched",
+    }.items():
+        with pytest.raises(UserError, match=words) as error:
+            maybe_download(server.url + path)
+        assert "\n" not in str(error.value) and ".part" not in str(error.value)
+    for address in ("http://", "http://[::1/m.th", "https://127.0.0.1:9/m.th", "http://h:x/m.th"):
+        with pytest.raises(UserError):
+            maybe_download(address)
+    assert os.listdir() == []
+    assert maybe_download(server.url + "/log.jsonl") == "log.jsonl"
+    assert json.loads(open("log.jsonl").read())["step"] == 1
+
+
+def test_an_address_that_a_script_has_fetched(server):
+    with open("x.th", "wb") as file:
+        file.write(th(3))
+    keep_address("x.th", f"{server.url}/x.th")
+    assert maybe_download(f"{server.url}/x.th") == "x.th" and server.asked == []
+
+
+def test_a_place_that_cannot_be_written(server, monkeypatch):
+    started = time.monotonic()
+    with pytest.raises(UserError, match="can't be written .No such file"):
+        maybe_download(f"{server.url}/runA/latest-model-ema.th", "absent/m.th")
+    assert time.monotonic() - started < 10

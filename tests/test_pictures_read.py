@@ -1,0 +1,346 @@
+"""Pictures as they come: every kind, 16 bits, transparency, odd EXIF data; what is left out."""
+
+import io
+import os
+import socket
+import struct
+import subprocess
+import sys
+import tarfile
+import zlib
+
+import numpy as np
+import pytest
+from fakes import noise, open_all, own_H
+from PIL import Image, PngImagePlugin
+from runs import ENV, ROOT
+
+from decoding import DIVIDED, FIRST, LAID, decode, decode_noting, fit
+from errors import UserError
+from files_to_npy import files_to_npy
+from image_files import image_paths, list_images, read_image
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """No test writes to the cache of who runs it."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def saved(image, kind, **options):
+    data = io.BytesIO()
+    image.save(data, kind, **options)
+    return data.getvalue()
+
+
+def deep_png(levels):
+    """A PNG of 16 bits a channel of levels (H, W, C): grey, grey and alpha, RGB or RGBA."""
+    height, width, channels = levels.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in levels)
+
+    def chunk(kind, data):
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
+
+    header = struct.pack(">IIBBBBB", width, height, 16, (0, 0, 4, 2, 6)[channels], 0, 0, 0)
+    parts = (b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
+
+
+RGB = Image.fromarray(noise(1, 32)[0])
+LOSSLESS = {
+    "bmp": ("BMP", {}), "tif": ("TIFF", {}), "lzw.tif": ("TIFF", {"compression": "tiff_lzw"}),
+    "ppm": ("PPM", {}), "tga": ("TGA", {}), "jp2": ("JPEG2000", {}), "pcx": ("PCX", {}),
+    "sgi": ("SGI", {}), "webp": ("WEBP", {"lossless": True}), "png": ("PNG", {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+def test_formats_that_keep_every_level(name):
+    kind, options = LOSSLESS[name]
+    image, notes = decode_noting(saved(RGB, kind, **options))
+    assert (np.asarray(image) == np.asarray(RGB)).all() and notes == []
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "CMYK", "YCbCr", "LAB"])
+def test_modes_of_eight_bits(mode):
+    smooth = RGB.resize((4, 4)).resize((32, 32), Image.Resampling.BICUBIC)
+    image = smooth.convert(mode) if mode != "LAB" else Image.new("LAB", (32, 32), (128, 128, 128))
+    kind = "PNG" if mode in ("1", "L", "P", "LA") else "TIFF"
+    found = np.asarray(decode(saved(image, kind)), int)
+    if mode == "LAB":
+        assert np.abs(found - 119).max() < 3  # L = 50
+    else:
+        assert np.abs(found - np.asarray(image.convert("RGB"))).max() <= 2
+
+
+def test_cmyk_of_a_camera_and_the_first_frame_of_a_gif():
+    smooth = RGB.resize((4, 4)).resize((32, 32), Image.Resampling.BICUBIC)
+    found = np.asarray(decode(saved(smooth.convert("CMYK"), "JPEG", quality=98)), int)
+    assert np.abs(found - np.asarray(smooth)).max() < 12
+    frames = [Image.new("RGB", (32, 32), name) for name in ("red", "blue")]
+    data = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    image, notes = decode_noting(data)
+    assert image.getpixel((3, 3)) == (255, 0, 0) and notes == [FIRST]
+
+
+@pytest.mark.parametrize("channels", [1, 2, 3, 4])
+def test_sixteen_bits_are_divided_grey_and_colour_alike(channels):
+    levels = np.random.default_rng(0).integers(0, 65536, (9, 7, channels))
+    levels[0, :5] = np.array([255, 256, 257, 65279, 65535])[:, None]
+    if channels in (2, 4):
+        levels[..., -1] = 65535
+    image, notes = decode_noting(deep_png(levels))
+    colours = levels[..., : 1 if channels < 3 else 3] // 257
+    assert (np.asarray(image) == np.broadcast_to(colours, (9, 7, 3))).all()
+    assert notes == [DIVIDED]
+
+
+@pytest.mark.parametrize("kind", ["ppm", "pgm", "II", "MM", "lzw"])
+def test_sixteen_bits_in_other_formats(kind):
+    levels = np.random.default_rng(0).integers(0, 65536, (9, 7, 3))
+    grey = kind in ("pgm", "lzw")
+    if kind in ("ppm", "pgm"):
+        pixels = (levels[..., 0] if grey else levels).astype(">u2").tobytes()
+        data = (b"P5" if grey else b"P6") + b" 7 9 65535\n" + pixels
+    elif kind == "lzw":
+        data = saved(Image.fromarray(levels[..., 0].astype("<u2")), "TIFF", compression="tiff_lzw")
+    else:  # an uncompressed TIFF of RGB
+        order = "<" if kind == "II" else ">"
+        pixels = levels.astype(f"{order}u2").tobytes()
+        tags = [(256, 7), (257, 9), (258, 8), (259, 1), (262, 2), (273, 200), (277, 3), (278, 9),
+                (279, len(pixels))]  # fmt: skip
+        data = kind.encode() + struct.pack(f"{order}HIHHH", 42, 14, 16, 16, 16)
+        data += struct.pack(f"{order}H", len(tags))
+        for tag, value in tags:
+            n = 3 if tag == 258 else 1
+            data += struct.pack(f"{order}HHII", tag, 3 if n == 3 else 4, n, value)
+        data = (data + bytes(4)).ljust(200, b"\0") + pixels
+    image, notes = decode_noting(data)
+    wanted = levels[..., :1] // 257 if grey else levels // 257
+    assert (np.asarray(image) == np.broadcast_to(wanted, (9, 7, 3))).all() and notes == [DIVIDED]
+
+
+def test_more_than_sixteen_bits_are_refused():
+    data = saved(Image.fromarray(np.zeros((8, 8), np.float32)), "TIFF")
+    with pytest.raises(ValueError, match="32 bits a channel"):
+        decode(data)
+
+
+def test_transparency_lies_on_the_background():
+    pixels = np.dstack([noise(1, 8)[0], np.full((8, 8), 255, np.uint8)])
+    image, notes = decode_noting(saved(Image.fromarray(pixels), "PNG"), "black")
+    assert (np.asarray(image) == pixels[..., :3]).all() and notes == []  # opaque
+    pixels[:4, :, 3] = 0
+    pixels[4:, :, 3] = 128
+    for name, level in (("white", 255), ("#000000", 0)):
+        image, notes = decode_noting(saved(Image.fromarray(pixels), "PNG"), name)
+        assert notes == [LAID] and (np.asarray(image)[:4] == level).all()
+        half = pixels[4:, :, :3] * (128 / 255) + level * (127 / 255)
+        assert np.abs(np.asarray(image)[4:] - half).max() <= 1
+    # A palette with a transparent entry, a colour that counts as transparent, of 16 bits too.
+    palette = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8) % 4).convert("P")
+    data = saved(palette, "PNG", transparency=2)
+    assert (np.asarray(decode(data, "red"))[0, 2] == (255, 0, 0)).all()
+    data = saved(Image.new("RGB", (4, 4), (1, 2, 3)), "PNG", transparency=(1, 2, 3))
+    assert (np.asarray(decode(data, "lime")) == (0, 255, 0)).all()
+    data = saved(Image.fromarray(np.full((4, 4), 700, np.uint16)), "PNG", transparency=700)
+    assert (np.asarray(decode(data, "blue")) == (0, 0, 255)).all()
+
+
+def test_of_exif_data_nothing_but_the_orientation_is_taken():
+    """0x11a, a resolution, is a text here, which Pillow can read and not write."""
+    tags = (0x0112, 3, 1, struct.pack("<HH", 6, 0)), (0x011A, 2, 4, b"abc\0")
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + struct.pack("<H", len(tags))
+    exif += b"".join(struct.pack("<HHI", *tag[:3]) + tag[3] for tag in tags) + bytes(4)
+    wide = Image.fromarray(noise(1, 32)[0][:16])
+    for kind in ("JPEG", "PNG", "WEBP"):
+        upright = decode(saved(wide, kind))
+        turned = decode(saved(wide, kind, exif=exif))
+        assert turned.size == (16, 32)
+        wanted = upright.transpose(Image.Transpose.ROTATE_270)
+        assert turned.tobytes() == wanted.tobytes()
+    assert decode(saved(wide, "TIFF", tiffinfo={0x0112: 6})).size == (16, 32)  # turned once
+    odd = exif.replace(
+        struct.pack("<HHIHH", 0x0112, 3, 1, 6, 0), struct.pack("<HHI", 0x0112, 2, 4) + b"six\0"
+    )
+    assert decode(saved(wide, "JPEG", exif=odd)).size == (32, 16)  # no orientation at all
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_a_png_with_megabytes_of_text(zipped):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", "x" * 2_000_000, zip=zipped)
+    assert decode(saved(RGB, "PNG", pnginfo=text)).tobytes() == RGB.tobytes()
+
+
+def test_today_s_pictures_are_fitted_as_before():
+    """The square of a long picture is cut out first, of others the whole is resized."""
+    for size in ((64, 48), (16 * 20, 20), (30, 30)):
+        image = Image.fromarray(
+            np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), np.uint8)
+        )
+        short = min(size)
+        whole = image.resize(
+            tuple(round(side * 16 / short) for side in size), Image.Resampling.LANCZOS
+        )
+        left, top = (whole.width - 16) // 2, (whole.height - 16) // 2
+        assert (fit(image, 16) == np.asarray(whole.crop((left, top, left + 16, top + 16)))).all()
+    stripes = np.zeros((3, 4000, 3), np.uint8)
+    stripes[:, 1990:2010] = 200  # the middle
+    for pixels in (stripes, stripes.transpose(1, 0, 2)):
+        assert (fit(Image.fromarray(pixels), 8, enlarge=True) == 200).all()
+        assert (fit(Image.fromarray(np.repeat(np.repeat(pixels, 4, 0), 4, 1)), 8) == 200).all()
+
+
+def test_a_very_long_picture_costs_little_memory(tmp_path):
+    Image.new("L", (400_000, 3), 7).save(tmp_path / "long.png")
+    code = (
+        "import resource, sys; from image_files import read_image\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert (read_image(sys.argv[1], 64) == 7).all()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    argv = [sys.executable, "-c", code, tmp_path / "long.png"]
+    kilobytes = subprocess.check_output(argv, env=ENV, cwd=ROOT, text=True, timeout=60)
+    assert int(kilobytes) < 100_000
+
+
+# ---- folders ---------------------------------------------------------------------------------
+
+
+def failing_scandir(monkeypatch, folder, number):
+    """From now on the folder can't be listed, as of a mode of 000 or a disk that fails."""
+    scandir = os.scandir
+
+    def fail(path="."):
+        if os.fspath(path).rstrip("/") == str(folder):
+            raise OSError(number, os.strerror(number), os.fspath(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", fail)
+
+
+@pytest.mark.parametrize("number", [13, 5])
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch, number):
+    for name in ("a", "b/deep"):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for i in range(3):
+            RGB.save(tmp_path / "photos" / name / f"{i}.png")
+    failing_scandir(monkeypatch, tmp_path / "photos" / "b" / "deep", number)
+    for use in (
+        lambda: open_all(own_H(tmp_path / "photos", 8)),
+        lambda: files_to_npy(tmp_path / "photos", tmp_path / "out.npy"),
+        lambda: image_paths([str(tmp_path / "photos")]),
+    ):
+        with pytest.raises(UserError, match=f"b/deep can't be read .{os.strerror(number)}"):
+            use()
+    assert not (tmp_path / "out.npy").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="it takes another user's eyes")
+def test_a_folder_of_mode_000(tmp_path):
+    (tmp_path / "photos" / "closed").mkdir(parents=True)
+    RGB.save(tmp_path / "photos" / "0.png")
+    RGB.save(tmp_path / "photos" / "closed" / "1.png")
+    (tmp_path / "photos" / "closed").chmod(0)
+    for folder in [tmp_path, *list(tmp_path.parents)[:-2]]:
+        folder.chmod(folder.stat().st_mode | 0o055)
+    code = "import os, sys; sys.path.insert(0, sys.argv[1]); from image_files import list_images; "
+    code += "os.seteuid(65534); list_images(sys.argv[2])"
+    argv = [sys.executable, "-c", code, ROOT, tmp_path / "photos"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=ENV, timeout=60)
+    assert "closed can't be read (Permission denied)" in done.stderr
+
+
+def test_an_official_folder_of_faces_that_cannot_be_read(tmp_path, monkeypatch):
+    from data import FfhqFiles
+
+    (tmp_path / "00000").mkdir()
+    failing_scandir(monkeypatch, tmp_path / "00000", 5)
+    with pytest.raises(UserError, match="00000 can't be read"):
+        FfhqFiles(tmp_path).missing()
+
+
+def test_what_is_left_out_is_listed_by_suffix(tmp_path, capsys):
+    root = tmp_path / "photos"
+    (root / "sub").mkdir(parents=True)
+    for i in range(4):
+        RGB.save(root / "sub" / f"{i}.png")
+    RGB.save(root / "4.gif")
+    for i in range(20):
+        (root / f"{i}.txt").touch()
+    for i in range(6):
+        (root / "sub" / f"Thumbs{i}.DB").touch()
+    (root / "LICENSE").touch()
+    (root / "link").symlink_to("sub")
+    (root / ".hidden.png").touch()
+    os.mkfifo(root / "x.png")
+    (root / "loop.png").symlink_to("loop.png")  # leads to itself: it is listed, and can't be read
+    with socket.socket(socket.AF_UNIX) as server:
+        os.chdir(root)  # the name of a socket may not be long
+        server.bind("y.jpg")
+        os.chdir(ROOT)
+        names, _ = list_images(root)
+        assert names == ["4.gif", "loop.png", *(f"sub/{i}.png" for i in range(4))]
+        H = own_H(root, 8, bad_images="skip")
+        assert sum(map(len, open_all(H))) == 5
+        printed = capsys.readouterr().out
+        assert "left out: 30 other files: 20 .txt, 6 .db, " in printed
+        for words in ("1 without a suffix", "1 links to folders", "1 x.png, a FIFO",
+                      "1 y.jpg, a socket"):  # fmt: skip
+            assert words in printed
+        assert files_to_npy(root / "sub", tmp_path / "out.npy") == (4, 32, 32, 3)
+        assert "left out: 6 other files: 6 .db" in capsys.readouterr().out
+        with pytest.raises(UserError, match="x.png is a FIFO"):
+            read_image(root / "x.png", 8)
+
+
+def test_packing_counts_what_it_did_not_simply_read(tmp_path, capsys):
+    root = tmp_path / "photos"
+    root.mkdir()
+    for i in range(4):
+        RGB.save(root / f"a{i}.bmp")
+    for i in range(3):
+        (root / f"b{i}.png").write_bytes(deep_png(np.full((16, 16, 3), 257 * (40 + i))))
+    clear = Image.new("RGBA", (16, 16), (9, 9, 9, 0))
+    for i in range(2):
+        clear.save(root / f"c{i}.png")
+    clear.save(
+        root / "d.gif", save_all=True, append_images=[clear.rotate(90), RGB.resize((16, 16))]
+    )
+    H = own_H(root, 16)
+    parts = open_all(H)
+    array = parts[0].array[np.arange(10)]
+    assert (array[4:7] == np.arange(40, 43)[:, None, None, None]).all()
+    assert (array[7:] == 255).all()
+    printed = capsys.readouterr().out
+    for words in ("packed 10 images", "3 of 16 bits a channel, divided by 257",
+                  "3 with transparency, laid on #ffffff", "1 of several frames"):  # fmt: skip
+        assert words in printed
+    # Each background is an array of its own, beside which the other stays.
+    black = open_all(own_H(root, 16, background="#0a0b0c"))
+    assert (black[0].array[np.arange(7, 10)] == (10, 11, 12)).all()
+    assert (parts[0].array[np.arange(7, 10)] == 255).all()
+    capsys.readouterr()
+    open_all(own_H(root, 16))
+    open_all(own_H(root, 16, background="#0A0B0C".lower()))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_git_lfs_pointer_among_pictures(tmp_path):
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n"
+    (tmp_path / "a.png").write_bytes(pointer)
+    with pytest.raises(UserError, match="git-lfs pointer.*git lfs pull"):
+        read_image(tmp_path / "a.png", 8)
+
+
+def test_names_with_a_dot_in_a_tar_are_passed_over_as_in_a_folder(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("./v/1.png", "./v/._1.png", "__MACOSX/v/._1.png", ".git/2.png", "v/2.PNG"):
+            data = b"no picture" if "._" in name or ".git" in name else saved(RGB, "PNG")
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    assert files_to_npy(tmp_path / "a.tar", tmp_path / "out.npy") == (2, 32, 32, 3)
