@@ -103,7 +103,7 @@ def run(start):
 
     def run(*args, **settings):
         process = start(*args, **settings)
-        stdout, stderr = process.communicate(timeout=60)
+        stdout, stderr = process.communicate(timeout=240)
         return process.returncode, stdout, stderr
 
     return run
