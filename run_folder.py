@@ -50,7 +50,8 @@ def is_later_attempt(env):
 def enter_folder(H, logprint):
     """Holds what the run is to do against what lies in its folder; H.occupied as refuse_occupied.
 
-    A later attempt of the same job goes on, where --overwrite began it.
+    A later attempt of the same job goes on: the run that it finds is its own, else its first
+    attempt would have been refused.
 
     Raises:
         UserError: for --resume beside --overwrite; where that would remove what is to be read.
@@ -60,8 +61,8 @@ def enter_folder(H, logprint):
     if H.test_eval:
         H.overwrite = False
         return
-    there = next(p for p in (Path(H.save_dir), *Path(H.save_dir).parents) if p.exists())
-    if not there.is_dir():  # told before anything is computed
+    there = next(filter(os.path.lexists, (H.save_dir, *Path(H.save_dir).parents)), ".")
+    if not os.path.isdir(there):  # told before anything is computed
         error = NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
         raise not_written(f"--save_dir: {H.save_dir}", error, "made")
     named = {name: setting(H, name) for name in STARTS if setting(H, name)}
@@ -73,11 +74,10 @@ def enter_folder(H, logprint):
         )
     if setting(H, "resume") or not from_rank_0(lambda: holds_run(H.save_dir)):
         return
-    if setting(H, "overwrite"):
-        if is_later_attempt(os.environ):
-            logprint("a later attempt of the same job: it goes on with what it has, as --resume")
-            H.resume, H.overwrite = True, False
-    elif not (here.keys() - {"init_from"} or setting(H, "dry_run")):
+    if is_later_attempt(os.environ) and not here:
+        logprint("a later attempt of the same job: it goes on with what it has, as --resume")
+        H.resume, H.overwrite = True, False
+    elif not (setting(H, "overwrite") or here.keys() - {"init_from"} or setting(H, "dry_run")):
         H.occupied = True
 
 
