@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+from published import IMPORTS, NAMES, SEVEN
 
 ROOT = Path(__file__).parent.parent
 
@@ -16,50 +17,6 @@ ORDER = (
     "records weights starting data checkpoints run_folder resuming optimizers fonts pictures "
     "reports train_helpers train outputs sample plot files_to_npy"
 ).split()
-
-# What the original's modules import from each other, and ours no more.
-BETWEEN_THE_SEVEN = {
-    "train": {
-        "data": "set_up_data",
-        "utils": "get_cpu_stats_over_ranks",
-        "train_helpers": "set_up_hyperparams load_vaes load_opt accumulate_stats save_model "
-        "update_ema",
-    },
-    "train_helpers": {
-        "hps": "Hyperparams parse_args_and_update_hparams add_vae_arguments",
-        "utils": "logger local_mpi_rank mpi_size maybe_download mpi_rank",
-        "data": "mkdir_p",
-        "vae": "VAE",
-    },
-    "vae": {
-        "vae_helpers": "HModule get_1x1 get_3x3 DmolNet draw_gaussian_diag_samples "
-        "gaussian_analytical_kl",
-    },
-    "hps": {},
-    "utils": {},
-    "vae_helpers": {},
-    "data": {},
-}
-SEVEN = set(BETWEEN_THE_SEVEN)
-
-# The names that the original's modules offer: a fork's own module has these alone.
-PUBLISHED = {
-    "hps": "HPARAMS_REGISTRY cifar10 i32 i64 ffhq_256 ffhq1024 Hyperparams "
-    "parse_args_and_update_hparams add_vae_arguments",
-    "vae": "VAE Encoder Decoder DecBlock Block parse_layer_string get_width_settings pad_channels",
-    "vae_helpers": "gaussian_analytical_kl draw_gaussian_diag_samples get_conv get_3x3 get_1x1 "
-    "HModule DmolNet discretized_mix_logistic_loss sample_from_discretized_mix_logistic "
-    "log_prob_from_logits const_max const_min",
-    "data": "set_up_data mkdir_p cifar10 imagenet32 imagenet64 ffhq256 ffhq1024 flatten "
-    "unpickle_cifar10",
-    "train_helpers": "set_up_hyperparams load_vaes load_opt restore_params restore_log save_model "
-    "update_ema accumulate_stats linear_warmup setup_mpi setup_save_dirs "
-    "distributed_maybe_download first_rank_first",
-    "utils": "logger Hyperparams maybe_download mpi_size mpi_rank local_mpi_rank allreduce "
-    "get_cpu_stats_over_ranks tile_images num_nodes gpus_per_node",
-    "train": "training_step eval_step train_loop evaluate write_images run_test_eval "
-    "get_sample_for_visualization set_up_data main",
-}
 
 
 def tree(room):
@@ -81,9 +38,9 @@ def wrong_arrows(room, nodes):
         arrow = f"{room} <- {other}: {', '.join(sorted(names)) or 'the whole module'}"
         if other in SEVEN:
             if room in SEVEN:
-                allowed = BETWEEN_THE_SEVEN[room].get(other, "")
+                allowed = IMPORTS.get(room, {}).get(other, "")
             else:
-                allowed = PUBLISHED[other]
+                allowed = NAMES[other]
             if not names or names - set(allowed.split()):
                 yield f"{arrow} (allowed: {allowed or 'nothing'})"
         if ORDER.index(other) >= ORDER.index(room):
@@ -131,7 +88,7 @@ def test_a_room_is_one_subject(room):
 
 
 def test_the_seven_offer_what_the_original_does():
-    for room, names in PUBLISHED.items():
+    for room, names in NAMES.items():
         offered = set()
         for node in tree(room).body:
             if isinstance(node, ast.FunctionDef | ast.ClassDef):
