@@ -1,8 +1,15 @@
+import signal
+
 import pytest
 import torch
 from runs import Run
 
 import fused
+
+# Commands start as from a terminal: whatever runs the tests, such as a job in the background, may
+# have these ignored, which every child would inherit.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(autouse=True)

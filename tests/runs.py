@@ -50,9 +50,6 @@ def _run(argv, output, errors, wrap, environ, cwd):
     """In the new process: train.py's main with argv, after `wrap`, what it prints in a file."""
     import train
 
-    # As a terminal starts a command: whatever runs the tests may have these ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     # Daemonic, it dies with the tests; only that multiprocessing lets it have no loader workers.
     multiprocessing.current_process()._config.pop("daemon")
     multiprocessing.set_start_method("fork", force=True)  # Python 3.11's own, not the fork server's
