@@ -1,6 +1,7 @@
 """The discretized mixture of logistics (PixelCNN++, Salimans et al. 2017, section 2.1).
 
-Shapes: N batch, K logistics in the mixture, P pixels; images and parameters are (N, H, W, ...).
+Shapes: N batch, K logistics in the mixture, P pixels; images and parameters are (N, H, W, ...), of
+three channels and 10K parameters a pixel, or of one and 3K.
 """
 
 import math
@@ -13,36 +14,60 @@ from fused import at_least_float32, is_transformed
 from noise import fill_noise
 
 
-def _mixture_parameters(l, nr_mix):
-    """Splits l (N, H, W, 10K) into logits (N, H, W, K) and means, log scales, coefficients.
+def n_parameters(channels):
+    """Parameters of each of the K logistics of a pixel: 10 for three channels, 3 for one.
 
-    The last three are (N, H, W, 3, K). In `coefficients`, row 0 ties green to red, rows 1 and 2
-    tie blue to red and green.
+    A logit; a mean and a log scale a channel; the coefficients that tie each channel to those
+    before it.
+    """
+    return 1 + 2 * channels + channels * (channels - 1) // 2
+
+
+def _mixture_parameters(l, nr_mix):
+    """Splits l into logits (..., K) and means, log scales, coefficients.
+
+    Of three channels, l (..., 10K), the last three are (..., 3, K): in `coefficients`, row 0 ties
+    green to red, rows 1 and 2 tie blue to red and green. Of one, l (..., 3K), means and log scales
+    are (..., 1, K), coefficients (..., 1, 0).
     """
     logits, rest = l[..., :nr_mix], l[..., nr_mix:]
-    rest = rest.reshape(*l.shape[:-1], 3, 3 * nr_mix)
-    means, log_scales, coefficients = rest.split(nr_mix, dim=-1)
+    channels = 3 if l.shape[-1] == n_parameters(3) * nr_mix else 1
+    rest = rest.reshape(*l.shape[:-1], channels, -1)  # (..., 3, 3K) or (..., 1, 2K)
+    means, log_scales, coefficients = rest.tensor_split((nr_mix, 2 * nr_mix), dim=-1)
     # e^-7 is about 1/9 of a bin of 8 bits: sharper is no likelier, and overflows.
     return logits, means, log_scales.clamp(min=-7.0), coefficients.tanh()
 
 
+def _tied(values, coefficients, levels=None):
+    """Each channel's values plus what the levels of the channels before tell of it.
+
+    Args:
+        values: a list of one tensor a channel.
+        coefficients: a list of the rows of _mixture_parameters'.
+        levels: a list of one tensor a channel; None: those found here, clipped to [-1, 1].
+    """
+    tied, row = [], 0
+    for channel, value in enumerate(values):
+        for before in (tied if levels is None else levels)[:channel]:
+            value = value + coefficients[row] * before
+            row += 1
+        tied.append(value.clamp(-1, 1) if levels is None else value)
+    return tied
+
+
 def _pixel_log_likelihood(x, l, low_bit):
-    """Log-likelihood (P,) of pixels x (P, 3) under their mixtures l (P, 10K), in nats."""
+    """Log-likelihood (P,) of pixels x (P, c) of c channels under their mixtures l, in nats.
+
+    l is (P, 10K) for three channels, (P, 3K) for one.
+    """
     half_bin, log_half_levels = (1 / 31, math.log(15.5)) if low_bit else (1 / 255, math.log(127.5))
     # Beyond this the sums below would overflow, and inf - inf is no number.
     l = l.clamp(-1e25, 1e25)
-    logits, means, log_scales, coefficients = _mixture_parameters(l, l.shape[-1] // 10)
-    x = x.unsqueeze(-1)  # (P, 3, 1)
-    red, green = x[:, 0], x[:, 1]  # (P, 1)
-    means = torch.stack(
-        (
-            means[:, 0],
-            means[:, 1] + coefficients[:, 0] * red,
-            means[:, 2] + coefficients[:, 1] * red + coefficients[:, 2] * green,
-        ),
-        dim=1,
-    )  # (P, 3, K)
-    inv_scale = torch.exp(-log_scales)
+    nr_mix = l.shape[-1] // n_parameters(x.shape[-1])
+    logits, means, log_scales, coefficients = _mixture_parameters(l, nr_mix)
+    x = x.unsqueeze(-1)  # (P, c, 1)
+    means = torch.stack(_tied(means.unbind(1), coefficients.unbind(1), x.unbind(1)), dim=1)
+    inv_scale = torch.exp(-log_scales)  # as the means, (P, c, K)
     upper = inv_scale * (x - means + half_bin)
     lower = inv_scale * (x - means - half_bin)
     middle = inv_scale * (x - means)
@@ -107,8 +132,8 @@ def discretized_mix_logistic_loss(x, l, low_bit=False):
     below 1 for wide ones). The published 0.4232 nats of FFHQ-256 depends on it.
 
     Args:
-        x: targets (N, H, W, 3) in [-1, 1].
-        l: mixture parameters (N, H, W, 10K).
+        x: targets (N, H, W, 3), or (N, H, W, 1), in [-1, 1].
+        l: mixture parameters (N, H, W, 10K), or (N, H, W, 3K).
         low_bit: bins of 5 bits instead of 8.
 
     Returns:
@@ -117,7 +142,7 @@ def discretized_mix_logistic_loss(x, l, low_bit=False):
     x, l = at_least_float32(x), at_least_float32(l)
     if not torch.is_grad_enabled():
         x, l = x.detach(), l.detach()  # no gradient beside the value
-    pixels = x.reshape(-1, 3), l.reshape(-1, l.shape[-1])  # (N H W, 3) and (N H W, 10K)
+    pixels = x.reshape(-1, x.shape[-1]), l.reshape(-1, l.shape[-1])  # (N H W, 3), (N H W, 10K)
     function = _pixel_log_likelihood if is_transformed() else _PixelLogLikelihood.apply
     log_likelihood = function(*pixels, low_bit).view(x.shape[:-1])  # (N, H, W)
     return -log_likelihood.flatten(1).sum(dim=1) / x.shape[1:].numel()
@@ -128,34 +153,29 @@ def _uniform(t, generator=None):
 
 
 def sample_from_discretized_mix_logistic(l, nr_mix):
-    """One image per row of l (N, H, W, 10K): (N, H, W, 3) in [-1, 1].
+    """One image per row of l (N, H, W, 10K): (N, H, W, 3) in [-1, 1]; of (N, H, W, 3K) grey ones.
 
-    Draws uniforms of (N, H, W, K), which choose the component by Gumbel-max, then of
-    (N, H, W, 3).
+    Draws uniforms of (N, H, W, K), which choose the component by Gumbel-max, then of the image's
+    shape.
     """
     logits, means, log_scales, coefficients = _mixture_parameters(at_least_float32(l), nr_mix)
     u = fill_noise(logits.shape, logits, _uniform)  # (N, H, W, K)
     component = (logits - torch.log(-torch.log(u))).argmax(dim=-1)  # (N, H, W)
-    index = component[..., None, None].expand(*component.shape, 3, 1)
-    mean, log_scale, c = (
-        t.gather(-1, index).squeeze(-1) for t in (means, log_scales, coefficients)
-    )  # each (N, H, W, 3)
+    index = component[..., None, None].expand(*means.shape[:-1], 1)
+    mean, log_scale = (t.gather(-1, index).squeeze(-1) for t in (means, log_scales))
+    # Each is (N, H, W, 3).
+    c = coefficients.gather(-1, index).unbind(-2) if coefficients.numel() else ()
     u = fill_noise(mean.shape, mean, _uniform)  # (N, H, W, 3)
     x = mean + log_scale.exp() * (torch.log(u) - torch.log(1 - u))
-    red = x[..., 0].clamp(-1, 1)
-    green = (x[..., 1] + c[..., 0] * red).clamp(-1, 1)
-    blue = (x[..., 2] + c[..., 1] * red + c[..., 2] * green).clamp(-1, 1)
-    return torch.stack((red, green, blue), dim=-1)
+    return torch.stack(_tied(x.unbind(-1), [row.squeeze(-1) for row in c]), dim=-1)
 
 
 def mean_of_discretized_mix_logistic(l, nr_mix):
     """The mean of the mixture of each pixel of l (N, H, W, 10K): (N, H, W, 3) in [-1, 1].
 
-    That of the components' own means, clipped level by level as samples are.
+    That of the components' own means, clipped level by level as samples are; (N, H, W, 1) of grey
+    images' (N, H, W, 3K).
     """
     logits, means, _, c = _mixture_parameters(at_least_float32(l), nr_mix)
-    red = means[..., 0, :].clamp(-1, 1)
-    green = (means[..., 1, :] + c[..., 0, :] * red).clamp(-1, 1)
-    blue = (means[..., 2, :] + c[..., 1, :] * red + c[..., 2, :] * green).clamp(-1, 1)
-    components = torch.stack((red, green, blue), dim=-2)  # (N, H, W, 3, K)
+    components = torch.stack(_tied(means.unbind(-2), c.unbind(-2)), dim=-2)  # (N, H, W, 3, K)
     return (components * logits.softmax(dim=-1).unsqueeze(-2)).sum(dim=-1)

@@ -36,9 +36,6 @@ def open_own(H, how):
     given = H.given_options  # None where a program has made H
     if given is not None and "data_root" not in given and H.data_root == DEFAULTS["data_root"]:
         raise UserError("own images need --data_root: name a folder of them, or an .npy file")
-    given = H.given_options  # None where a program has made H
-    if given is not None and "data_root" not in given and H.data_root == DEFAULTS["data_root"]:
-        raise UserError("own images need --data_root: name a folder of them, or an .npy file")
     root = Path(H.data_root)
     if root.suffix == ".npy" and not root.is_dir():
         try:

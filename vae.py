@@ -9,9 +9,7 @@ q is the posterior and p the prior.
 """
 
 import math
-import numbers
 
-import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -36,6 +34,7 @@ from fused import (
     without_autocast,
 )
 from noise import is_of_images, noise_of_images
+from temperatures import log_temperature, temperature_of
 from vae_helpers import (
     DmolNet,
     HModule,
@@ -157,13 +156,6 @@ class Encoder(HModule):
 # ---- decoder -------------------------------------------------------------------------------
 
 
-def _log(t, like):
-    """The logarithm of a temperature: a number, or a tensor or array, which broadcasts."""
-    if isinstance(t, numbers.Real) or np.ndim(t) == 0 and not torch.is_tensor(t):
-        return math.log(t) if t else -math.inf
-    return torch.as_tensor(t).to(like).log()
-
-
 class DecBlock(nn.Module):
     """One stochastic layer at one resolution: posterior, prior and their merge into the state."""
 
@@ -236,7 +228,7 @@ class DecBlock(nn.Module):
             return lvs, x
         pm, pv = p.chunk(2, dim=1)  # each (N, Z, R, R)
         if t is not None:
-            pv = pv + _log(t, pv)
+            pv = pv + log_temperature(t, pv)
         return draw_gaussian_diag_samples(pm, pv), x
 
     def forward(self, xs, activations, get_latents=False, get_gaussians=False):
@@ -347,20 +339,8 @@ class Decoder(HModule):
         xs = self._start(n)
         for i, block in enumerate(self.dec_blocks):
             z = latents[i] if i < len(latents) else None
-            xs = block.forward_uncond(xs, self._temperature(t, i), lvs=z)
+            xs = block.forward_uncond(xs, temperature_of(t, i, n_blocks), lvs=z)
         return self.final_fn(xs[self.H.image_size])
-
-    def _temperature(self, t, i):
-        """That of block i: t[i], or t itself where it is one for all."""
-        if not hasattr(t, "__getitem__") or getattr(t, "ndim", None) == 0:
-            return t
-        try:
-            return t[i]
-        except (KeyError, IndexError):
-            raise ValueError(
-                f"{len(self.dec_blocks)} blocks, but no temperatures from block {i} on: give one "
-                f"number, or one per block"
-            ) from None
 
 
 # ---- the whole -----------------------------------------------------------------------------
