@@ -1,7 +1,8 @@
 """What an image costs under a VAE: the terms of its negative ELBO, the tighter bound.
 
-Nats per dimension, a dimension being one of the three levels of a pixel. Everything here goes by
-the network's published parts (encoder, decoder, out_net), so that a fork's own network serves too.
+Nats per dimension, a dimension being one of the levels of a pixel: three, of grey images one.
+Everything here goes by the network's published parts (encoder, decoder, out_net), so that a fork's
+own network serves too.
 """
 
 import math
@@ -9,6 +10,7 @@ import math
 import torch
 
 from fused import at_least_float32, without_autocast
+from labels import given
 from noise import noise_of_images
 
 
@@ -17,16 +19,17 @@ def nats_to_bits(nats):
     return nats / math.log(2)
 
 
-def distortion_and_rates(vae, x, x_target, channels=None):
+def distortion_and_rates(vae, x, x_target, channels=None, labels=None):
     """The terms of the negative ELBO: distortion (N,), and each layer's rate (layers, N).
 
     Args:
-        x: input (N, R, R, 3).
-        x_target: target (N, R, R, 3) in [-1, 1].
+        x: input (N, R, R, c), of c channels.
+        x_target: target (N, R, R, c) in [-1, 1].
+        labels: of the images, (N,) int64, -1 for none.
         channels: a list that gets, a layer each, the KL of its latent channels (N, Z), in nats,
             summed over their positions.
     """
-    px_z, stats = vae.decoder(vae.encoder(x))
+    px_z, stats = vae.decoder(vae.encoder(x), **given(labels))
     with without_autocast(px_z.device.type):  # a fork's own output layer too
         distortion = vae.decoder.out_net.nll(px_z, x_target)  # (N,)
     rates = [at_least_float32(s["kl"]).sum(dim=(1, 2, 3)) for s in stats]  # each (N,)
@@ -55,7 +58,7 @@ class LayerRates(list):
         self.active = [int((of_layer > ACTIVE_NATS).sum()) for of_layer in kl.split(list(widths))]
 
 
-def importance_weighted_elbo(vae, x, x_target, n_samples, noise):
+def importance_weighted_elbo(vae, x, x_target, n_samples, noise, labels=None):
     """The importance-weighted bound of K samples (Burda et al. 2016, eq. 8), negated.
 
     log (1/K) sum_k w_k, w_k = p(x, z_k) / q(z_k | x), to which is added the mean over k of what
@@ -64,7 +67,7 @@ def importance_weighted_elbo(vae, x, x_target, n_samples, noise):
     its samples. A sample of infinite distortion has weight 0. Memory is that of one sample.
 
     Args:
-        x, x_target: as in distortion_and_rates.
+        x, x_target, labels: as in distortion_and_rates.
         n_samples: K.
         noise: k from 0 to K - 1 → that sample's generators, one an image (None: the default one).
 
@@ -75,7 +78,7 @@ def importance_weighted_elbo(vae, x, x_target, n_samples, noise):
     log_sum, gap = -math.inf, 0
     for k in range(n_samples):
         with noise_of_images(noise(k)):
-            px_z, stats = vae.decoder(activations, True, get_gaussians=True)
+            px_z, stats = vae.decoder(activations, True, get_gaussians=True, **given(labels))
         with without_autocast(px_z.device.type):  # a fork's own output layer too
             distortion = vae.decoder.out_net.nll(px_z, x_target).double() * n_dims  # (N,)
         log_ratio, kl = 0, 0  # log p(z) - log q(z | x), and its analytical expectation, negated

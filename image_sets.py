@@ -11,7 +11,8 @@ class ImageSet(NamedTuple):
     mean and std are those of about 10,000 training images, in levels of 0 to 255: the network's
     input is (level - mean) / std. bits is the depth of the target; at 5 bits the lowest three of
     each level are dropped from it. notice is what every result on the data set says with it; counts
-    are its images to train on, validate and test; setup is the command that fetches it.
+    are its images to train on, validate and test; setup is the command that fetches it. Pixels have
+    `channels` levels. labels are the names of its classes, used if always_labelled or asked for.
     """
 
     image_size: int | None
@@ -21,7 +22,13 @@ class ImageSet(NamedTuple):
     notice: str | None = None
     counts: tuple[int, int, int] | None = None
     setup: str | None = None
+    channels: int = 3
+    labels: tuple[str, ...] = ()
+    always_labelled: bool = False
 
+
+# As in its batches.meta.
+_CIFAR10 = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
 
 _BOX = "box-filtered ImageNet (Chrabaszcz et al. 2017): not comparable with the published {} of {}"
 
@@ -31,7 +38,12 @@ _IMAGENET_BOX = (1_281_167 - 5_000, 5_000, 50_000)
 
 IMAGE_SETS = {
     "cifar10": ImageSet(
-        32, 120.63838, 64.16736, counts=(45_000, 5_000, 10_000), setup="./setup_cifar10.sh"
+        32,
+        120.63838,
+        64.16736,
+        counts=(45_000, 5_000, 10_000),
+        setup="./setup_cifar10.sh",
+        labels=_CIFAR10,
     ),
     "imagenet32": ImageSet(
         32, 116.2373, 69.37404, counts=_IMAGENET, setup="./setup_imagenet.sh imagenet32"
@@ -75,9 +87,12 @@ IMAGE_SETS = {
     ),
     # The two data sets that scikit-learn ships; measured on their training images
     # (tests/test_data.py measures them again).
-    "digits": ImageSet(8, 78.04011, 95.98312),
+    "digits": ImageSet(
+        8, 78.04011, 95.98312, channels=1, labels=tuple("0123456789"), always_labelled=True
+    ),
     "photos32": ImageSet(32, 105.21026, 81.46530),
-    # The user's own: --image_size gives the size, own_images.py measures mean and std.
+    # The user's own: --image_size, --image_channels and --labels say what they are, own_images.py
+    # measures mean and std.
     "images": ImageSet(None, None, None),
 }
 
@@ -97,6 +112,40 @@ def image_size_of(dataset, asked=None):
             f"images with --dataset images"
         )
     return asked or size
+
+
+CHANNELS = (1, 3)  # grey, or red, green and blue
+
+
+def channels_of(H):
+    """Channels of a network's images: H.image_channels, 3 where H has none, or raises for it.
+
+    Raises:
+        UserError: for any number but 1 and 3.
+    """
+    try:
+        channels = H.image_channels
+    except (AttributeError, KeyError):
+        channels = None
+    channels = 3 if channels is None else channels
+    if channels not in CHANNELS:
+        raise UserError(f"image_channels is {channels!r}: it must be 1 (grey) or 3 (RGB)")
+    return channels
+
+
+def image_channels_of(dataset, asked=None):
+    """Channels of a data set's images; of own images those asked for, by default 3.
+
+    Raises:
+        UserError: for another number asked for than it has.
+    """
+    channels = IMAGE_SETS[dataset].channels
+    if dataset != "images" and asked not in (None, channels):
+        raise UserError(
+            f"--image_channels {asked}: {dataset} has {channels}; leave it out, or give your own "
+            f"images with --dataset images"
+        )
+    return asked or channels
 
 
 def target_bits(dataset):

@@ -3,9 +3,9 @@
 Very Deep VAEs (arXiv 2011.10650), section 3 and figure 3.
 
 Shapes: N batch, C = width(R), Z = H.zdim, R resolution. Tensors are (N, C, R, R); images,
-inputs and targets are (N, R, R, 3). `xs` is the decoder's state, {R: (N, C, R, R)}, and
-`activations` are the encoder's, likewise. Log standard deviations end in v, means in m;
-q is the posterior and p the prior.
+inputs and targets are (N, R, R, 3), of grey ones (N, R, R, 1). `xs` is the decoder's state,
+{R: (N, C, R, R)}, and `activations` are the encoder's, likewise. Log standard deviations end in v,
+means in m; q is the posterior and p the prior. `labels` are int64 (N,), -1 for none, as None is.
 """
 
 import math
@@ -33,6 +33,8 @@ from fused import (
     sharing_gelu,
     without_autocast,
 )
+from image_sets import channels_of
+from labels import LARGEST_LABELLED, given, label_rows, labels_of
 from noise import is_of_images, noise_of_images
 from temperatures import log_temperature, temperature_of
 from vae_helpers import (
@@ -115,7 +117,7 @@ class Encoder(HModule):
     def build(self):
         H = self.H
         self.widths = get_width_settings(H.width, H.custom_width_str)
-        self.in_conv = get_3x3(H.image_channels, H.width)
+        self.in_conv = get_3x3(channels_of(H), H.width)
         layers = parse_layer_string(H.enc_blocks)
         self.enc_blocks = nn.ModuleList()
         for resolution, down_rate in layers:
@@ -137,7 +139,7 @@ class Encoder(HModule):
     def forward(self, x):
         if self.cuda_graphs:  # what they computed in the pass before may be overwritten
             torch.compiler.cudagraph_mark_step_begin()
-        # Three channels cost little; in bf16 they cost more bits than any other convolution's.
+        # Few channels cost little; in bf16 they cost more bits than any other convolution's.
         with without_autocast(x.device.type):
             x = x.permute(0, 3, 1, 2).to(next(self.in_conv.parameters()).dtype)  # (N, 3, R, R)
             x = self.in_conv(x)  # (N, H.width, R, R)
@@ -279,22 +281,34 @@ class Decoder(HModule):
         self.out_net = DmolNet(H)
         self.gain = nn.Parameter(torch.ones(1, H.width, 1, 1))
         self.bias = nn.Parameter(torch.zeros(1, H.width, 1, 1))
+        if n_labels := labels_of(H):  # behind all others: positions in optimizer files stay
+            self.label_xs = nn.ParameterList(
+                nn.Parameter(torch.zeros(n_labels, *t.shape[1:]))
+                for t in self.bias_xs
+                if t.shape[2] <= LARGEST_LABELLED
+            )
 
     def final_fn(self, x):
         """The state at image_size → px_z, both (N, H.width, R, R)."""
         return torch.addcmul(self.bias, x, self.gain).contiguous()
 
-    def _start(self, n):
-        """The first state: the learned constants, and zeros where the first block has none."""
+    def _start(self, n, labels=None):
+        """The first state: the learned constants, and zeros where the first block has none.
+
+        Each image's label adds its row to those up to 8x8.
+        """
         xs = {t.shape[2]: channels_last(t).expand(n, -1, -1, -1) for t in self.bias_xs}
+        for rows in label_rows(list(getattr(self, "label_xs", ())), labels, n):
+            r = rows.shape[2]
+            xs[r] = channels_last(xs[r] + rows)  # (N, C, R, R)
         first = self.dec_blocks[0].base
         if first not in xs:
             xs[first] = self.gain.new_zeros(n, self.widths[first], first, first)
         return xs
 
-    def forward(self, activations, get_latents=False, get_gaussians=False):
+    def forward(self, activations, get_latents=False, get_gaussians=False, labels=None):
         """The posterior pass: (px_z, one dict a block), the dicts and options as DecBlock's."""
-        xs, stats = self._start(len(next(iter(activations.values())))), []
+        xs, stats = self._start(len(next(iter(activations.values()))), labels), []
         more = {"get_gaussians": True} if get_gaussians else {}  # an overridden block takes three
         activated = {r: gelu(activations[r]) for r in self.resolutions}  # each (N, C, R, R)
         for segment in self.segments:
@@ -316,15 +330,15 @@ class Decoder(HModule):
             stats += of_blocks
         return self.final_fn(xs[self.H.image_size]), stats
 
-    def forward_uncond(self, n, t=None, y=None):
+    def forward_uncond(self, n, t=None, y=None, labels=None):
         """The prior pass: px_z of n samples, t as in forward_manual_latents. y is not used."""
-        return self.forward_manual_latents(n, (), t)
+        return self.forward_manual_latents(n, (), t, **given(labels))
 
-    def forward_manual_latents(self, n, latents, t=None):
+    def forward_manual_latents(self, n, latents, t=None, labels=None):
         """The prior pass with the given z of the first blocks; the rest is sampled.
 
         Args:
-            n: batch size; 1 serves any number of latents.
+            n: batch size; 1 serves any number of latents and labels.
             latents: any iterable of (N, Z, R, R), shorter than the blocks or as long; a None
                 among them is sampled.
             t: temperature of what is sampled: as in DecBlock.sample_uncond, or whatever t[i] tells
@@ -336,7 +350,7 @@ class Decoder(HModule):
         latents, n_blocks = list(latents), len(self.dec_blocks)
         if len(latents) > n_blocks:
             raise ValueError(f"{len(latents)} latents given; the decoder has {n_blocks} blocks")
-        xs = self._start(n)
+        xs = self._start(n, labels)
         for i, block in enumerate(self.dec_blocks):
             z = latents[i] if i < len(latents) else None
             xs = block.forward_uncond(xs, temperature_of(t, i, n_blocks), lvs=z)
@@ -349,8 +363,8 @@ class Decoder(HModule):
 class VAE(HModule):
     """Encoder and decoder.
 
-    Reads from H: dataset, image_size, image_channels, width, zdim, custom_width_str,
-    bottleneck_multiple, no_bias_above, num_mixtures, enc_blocks, dec_blocks.
+    Reads from H: dataset, image_size, image_channels (absent: 3), width, zdim, custom_width_str,
+    bottleneck_multiple, no_bias_above, num_mixtures, enc_blocks, dec_blocks, n_labels (absent: 0).
 
     `generators`, where a method takes them, is one CPU generator an image, which its noise then
     comes from (`noise.image_generators`); None: the default generator.
@@ -377,7 +391,7 @@ class VAE(HModule):
                 # A network has more shapes than the eight that PyTorch compiles by default.
                 block.compile(dynamic=False, recompile_limit=64, mode=mode)
 
-    def distortion_and_rate(self, x, x_target, generators=None, per_layer=False):
+    def distortion_and_rate(self, x, x_target, generators=None, per_layer=False, labels=None):
         """The two terms of the negative ELBO per image, each (N,), in nats per dimension.
 
         Args:
@@ -386,44 +400,48 @@ class VAE(HModule):
             per_layer: the rate of each layer by itself, (layers, N), in place of their sum.
         """
         with noise_of_images(generators):
-            distortion, rates = distortion_and_rates(self, x, x_target)  # (N,), (layers, N)
-        return distortion, rates if per_layer else rates.sum(dim=0)
+            distortion, rates = distortion_and_rates(self, x, x_target, labels=labels)
+        return distortion, rates if per_layer else rates.sum(dim=0)  # (N,), (layers, N) or (N,)
 
-    def forward(self, x, x_target, per_image=False, generators=None):
+    def forward(self, x, x_target, per_image=False, generators=None, labels=None):
         """{elbo, distortion, rate}: batch means, 0-dim, nats per dimension; per_image: (N,) each.
 
         `elbo` is, in spite of its name, the negative ELBO: what training minimizes.
         """
-        distortion, rate = self.distortion_and_rate(x, x_target, generators)  # each (N,)
+        distortion, rate = self.distortion_and_rate(x, x_target, generators, **given(labels))
         stats = {"elbo": distortion + rate, "distortion": distortion, "rate": rate}
         return stats if per_image else {key: t.mean() for key, t in stats.items()}
 
-    def importance_weighted_elbo(self, x, x_target, n_samples, noise):
+    def importance_weighted_elbo(self, x, x_target, n_samples, noise, labels=None):
         """The importance-weighted bound of n_samples, (N,), as bounds.importance_weighted_elbo."""
-        return importance_weighted_elbo(self, x, x_target, n_samples, noise)
+        return importance_weighted_elbo(self, x, x_target, n_samples, noise, labels)
 
-    def forward_get_latents(self, x, generators=None, get_gaussians=False):
+    def forward_get_latents(self, x, generators=None, get_gaussians=False, labels=None):
         """One {z (N, Z, R, R) detached, kl (N, Z, R, R)} per block, from the posterior of x.
 
         With get_gaussians also qm, qv, pm, pv, as in DecBlock.forward.
         """
         with noise_of_images(generators):
-            return self.decoder(self.encoder(x), True, *[True] * get_gaussians)[1]
+            gaussians = [True] * get_gaussians
+            return self.decoder(self.encoder(x), True, *gaussians, **given(labels))[1]
 
-    def forward_uncond_samples(self, n_batch, t=None, generators=None, mean=False, as_float=False):
+    def forward_uncond_samples(
+        self, n_batch, t=None, generators=None, mean=False, as_float=False, labels=None
+    ):
         """Samples of the prior at temperature t: numpy uint8 (n_batch, R, R, 3).
 
         t as in Decoder.forward_manual_latents; mean and as_float as in DmolNet.sample.
         """
-        return self.forward_samples_set_latents(n_batch, (), t, generators, mean, as_float)
+        options = (generators, mean, as_float)
+        return self.forward_samples_set_latents(n_batch, (), t, *options, **given(labels))
 
     @torch.no_grad()
     def forward_samples_set_latents(
-        self, n_batch, latents, t=None, generators=None, mean=False, as_float=False
+        self, n_batch, latents, t=None, generators=None, mean=False, as_float=False, labels=None
     ):
         """Samples with given z of the first blocks, as in Decoder.forward_manual_latents."""
         with noise_of_images(generators):
-            px_z = self.decoder.forward_manual_latents(n_batch, latents, t)
+            px_z = self.decoder.forward_manual_latents(n_batch, latents, t, **given(labels))
             # A fork's own output layer has the published arguments alone.
             options = {"mean": mean, "as_float": as_float}
             with without_autocast(px_z.device.type):

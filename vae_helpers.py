@@ -9,10 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from fused import channels_last, gaussian_kl, without_autocast
-from image_sets import target_bits
+from image_sets import channels_of, target_bits
 from likelihood import (
     discretized_mix_logistic_loss,
     mean_of_discretized_mix_logistic,
+    n_parameters,
     sample_from_discretized_mix_logistic,
 )
 from noise import fill_noise
@@ -101,21 +102,21 @@ class DmolNet(nn.Module):
         super().__init__()
         self.H = H
         self.width = H.width
-        self.out_conv = get_1x1(H.width, H.num_mixtures * 10)
+        self.out_conv = get_1x1(H.width, H.num_mixtures * n_parameters(channels_of(H)))
 
     def forward(self, px_z):
-        """px_z (N, C, R, R) → mixture parameters (N, R, R, 10K)."""
+        """px_z (N, C, R, R) → mixture parameters (N, R, R, 10K), of grey images (N, R, R, 3K)."""
         with without_autocast(px_z.device.type):  # for the likelihood
             return self.out_conv(channels_last(px_z)).permute(0, 2, 3, 1)
 
     def nll(self, px_z, x):
-        """Distortion (N,) of targets x (N, R, R, 3) in [-1, 1], nats per dimension."""
+        """Distortion (N,) of targets x (N, R, R, c) in [-1, 1], nats per dimension."""
         low_bit = target_bits(self.H.dataset) == 5
         return discretized_mix_logistic_loss(x=x, l=self.forward(px_z), low_bit=low_bit)
 
     @torch.no_grad()
     def sample(self, px_z, mean=False, as_float=False):
-        """One image per row of px_z: numpy uint8 (N, R, R, 3).
+        """One image per row of px_z: numpy uint8 (N, R, R, 3), of grey ones (N, R, R, 1).
 
         With mean, the mixture's mean in place of a sample, without noise; with as_float, numpy
         float32 in [-1, 1] in place of the 256 levels.
