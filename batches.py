@@ -1,6 +1,7 @@
 """Batches of images: their order, their loading, the network's input made of them.
 
-A data set yields tuples of one uint8 tensor (S, S, 3); a batch of them is [uint8 (N, S, S, 3)].
+A data set yields tuples of one uint8 tensor (S, S, c), c channels, and where it has labels of an
+int64 one, -1 for none; a batch of them is [uint8 (N, S, S, c)] or [uint8 (N, S, S, c), int64 (N,)].
 """
 
 import atexit
@@ -15,22 +16,28 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from endings import SIGNALS, die_with_parent
 from errors import UserError
-from image_sets import IMAGE_SETS
+from image_sets import IMAGE_SETS, channels_of
+from labels import labels_of
 from launchers import resolve_device, world
-from noise import MIRRORING, chosen
+from noise import DROPPING, MIRRORING, chosen
 from options import setting
 from resources import fail_quietly, naming_shortages
 
 
 class Images(Dataset):
-    """Some of an array of images, uint8 (n, S, S, 3), in memory or in files.
+    """Some of an array of images, uint8 (n, S, S, c), in memory or in files.
 
-    Item i is a tuple of one uint8 tensor (S, S, 3), a copy.
+    Item i is a tuple of one uint8 tensor (S, S, c), a copy; with labels also of its label.
+
+    Args:
+        indices: which of the array; None: all.
+        labels: int64 (n,), of the whole array, -1 for none; None: items have no label.
     """
 
-    def __init__(self, array, indices=None):
+    def __init__(self, array, indices=None, labels=None):
         self.array = array
         self.indices = np.arange(len(array)) if indices is None else indices
+        self.labels = labels if labels is None else np.asarray(labels, dtype=np.int64)
 
     def __len__(self):
         return len(self.indices)
@@ -40,24 +47,30 @@ class Images(Dataset):
 
     def __getitems__(self, numbers):
         """The items of these numbers, with one index into the array."""
-        images = torch.from_numpy(self.array[self.indices[numbers]])  # (N, S, S, 3)
-        return [(image,) for image in images]
+        indices = self.indices[numbers]
+        images = torch.from_numpy(self.array[indices])  # (N, S, S, c)
+        if self.labels is None:
+            return [(image,) for image in images]
+        return list(zip(images, torch.from_numpy(self.labels[indices]), strict=True))
 
 
-class Mirrored(Dataset):
-    """Training images, each mirrored in an epoch with probability 1/2.
+class Varied(Dataset):
+    """Training images, in each epoch some of them mirrored, some of their labels dropped.
 
     Which are is a function of (seed, epoch, the image's index in the whole set): the same for any
     number of workers and processes, and after a resume.
 
     Args:
-        images: a data set of tuples whose first tensor is an image (S, S, 3). Its `indices`, where
-            it has them, are those of its images in the whole set.
+        images: a data set of tuples whose first tensor is an image (S, S, c), the second, where
+            labels are dropped, its label. Its `indices`, where it has them, are those of its
+            images in the whole set.
         batches: the EpochBatches that choose the epoch, and have the seed.
+        mirrored, dropped: the probabilities.
     """
 
-    def __init__(self, images, batches):
+    def __init__(self, images, batches, mirrored, dropped):
         self.images, self.batches = images, batches
+        self.mirrored, self.dropped = mirrored, dropped
 
     def __len__(self):
         return len(self.images)
@@ -72,11 +85,14 @@ class Mirrored(Dataset):
             items = [self.images[i] for i in numbers]
         indices = getattr(self.images, "indices", None)
         indices = numbers if indices is None else np.asarray(indices)[numbers]
-        turned = chosen(0.5, indices, self.batches.seed, MIRRORING, self.batches.epoch)  # (N,)
-        return [
-            (image.flip(1) if turn else image, *rest)
-            for turn, (image, *rest) in zip(turned, items, strict=True)
-        ]
+        seed, epoch = self.batches.seed, self.batches.epoch
+        turned = chosen(self.mirrored, indices, seed, MIRRORING, epoch)  # (N,)
+        dropped = chosen(self.dropped, indices, seed, DROPPING, epoch)  # (N,)
+        varied = []
+        for turn, drop, (image, *label) in zip(turned, dropped, items, strict=True):
+            label = [torch.full_like(torch.as_tensor(t), -1) for t in label] if drop else label
+            varied.append((image.flip(1) if turn else image, *label))
+        return varied
 
 
 # ---- order ---------------------------------------------------------------------------------
@@ -169,7 +185,7 @@ def begin_worker(_):
 
 
 def make_loader(H, images, **batching):
-    """A DataLoader of batches [uint8 (N, S, S, 3)], in H.num_workers processes, pinned for CUDA.
+    """A DataLoader of batches of images, in H.num_workers processes, pinned for CUDA.
 
     By default, arrays are read in the training process on the CPU, where that costs less than
     handing batches over; by one worker beside a GPU; PNG files are decoded in up to four.
@@ -206,8 +222,10 @@ def training_batches(H, images):
             f"--n_batch {H.n_batch} on {me.size} processes: the {len(images)} training images "
             f"make no full batch; lower --n_batch or --grad_accum"
         )
-    if setting(H, "xflip"):
-        images = Mirrored(images, batches)
+    mirrored = 0.5 if setting(H, "xflip") else 0.0
+    dropped = setting(H, "label_dropout") if labels_of(H) else 0.0
+    if mirrored or dropped:
+        images = Varied(images, batches, mirrored, dropped)
     return batches, make_loader(H, images, batch_sampler=batches)
 
 
@@ -215,7 +233,7 @@ def training_batches(H, images):
 
 
 def make_preprocess(dataset, device, mean=None, std=None):
-    """A function [uint8 (N, S, S, 3), ...] → (input, target), float32 of that shape on `device`.
+    """A function [uint8 (N, S, S, c), ...] → (input, target), float32 of that shape on `device`.
 
     input is (level - mean) / std, those given or else the data set's; target is in [-1, 1], of 5
     bits where the data set's are. The caller's batch is left as it was.
@@ -225,7 +243,7 @@ def make_preprocess(dataset, device, mean=None, std=None):
         facts = facts._replace(mean=mean, std=std)
 
     def preprocess_fn(batch):
-        levels = batch[0].to(device, non_blocking=True).float()  # (N, S, S, 3), 0 to 255
+        levels = batch[0].to(device, non_blocking=True).float()  # (N, S, S, c), 0 to 255
         x = (levels - facts.mean) * (1 / facts.std)
         if facts.bits == 5:
             levels = (levels / 8).floor() * 8
@@ -234,25 +252,44 @@ def make_preprocess(dataset, device, mean=None, std=None):
     return preprocess_fn
 
 
-def preprocess(images, H):
-    """The network's (input, target) of images, an array or tensor of uint8 (N, S, S, 3).
+def of_channels(images, channels):
+    """uint8 images (n, S, S), (n, S, S, 1) or (n, S, S, 3) as (n, S, S, channels), 1 or 3.
 
-    H is a model's, with its dataset, image_size and device. Both are float32 (N, S, S, 3).
+    Grey is repeated; of colours it is Pillow's L, (299 R + 587 G + 114 B) / 1000 in 16 bits.
+    """
+    if images.ndim == 3:
+        images = images[..., None]
+    if images.shape[-1] == channels:
+        return images
+    if channels == 3:
+        return images[..., [0, 0, 0]]
+    images = torch.as_tensor(images).int()
+    red, green, blue = images.unbind(-1)
+    grey = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
+    return grey[..., None].to(torch.uint8)
+
+
+def preprocess(images, H):
+    """The network's (input, target) of images, an array or tensor of uint8 (N, S, S, c).
+
+    H is a model's, with its dataset, image_size, image_channels and device. Both are float32
+    (N, S, S, c) of its c channels; images of (N, S, S), one channel or three become such
+    (of_channels).
 
     Raises:
         UserError: for images of another type or size.
     """
-    images = torch.as_tensor(images)
-    size = H.image_size
-    if images.dtype != torch.uint8 or images.shape != (len(images), size, size, 3):
+    images, size = torch.as_tensor(images), H.image_size
+    pixels = [(len(images), size, size, *more) for more in ((), (1,), (3,))] if images.ndim else ()
+    if images.dtype != torch.uint8 or tuple(images.shape) not in pixels:
         raise UserError(
             f"images are {images.dtype} {tuple(images.shape)}; the model takes uint8 "
-            f"(N, {size}, {size}, 3)"
+            f"(N, {size}, {size}, {channels_of(H)})"
         )
     if H.dataset == "images" and H.image_mean is None:
         raise UserError(
             "the mean and std of the images that the model was trained on are not known: "
             "images.json of its run must lie beside its weights"
         )
-    device = resolve_device(setting(H, "device"))
+    device, images = resolve_device(setting(H, "device")), of_channels(images, channels_of(H))
     return make_preprocess(H.dataset, device, H.image_mean, H.image_std)([images])

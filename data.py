@@ -1,6 +1,6 @@
 """The published data sets: files → uint8 images, split as in the paper.
 
-A data set yields tuples of one uint8 tensor (S, S, 3); a batch of them is [uint8 (N, S, S, 3)].
+A data set yields tuples of one uint8 tensor (S, S, 3), with labels of two (batches.py).
 """
 
 import codecs
@@ -13,12 +13,13 @@ import numpy as np
 from batches import Images, make_preprocess, preprocess  # noqa: F401  programs import preprocess here
 from errors import MissingFiles, UserError, needing, reason_of
 from image_files import ImageArray, decode, open_npy
-from image_sets import IMAGE_SETS, image_size_of
+from image_sets import IMAGE_SETS, image_channels_of, image_size_of, set_labels
+from labels import labels_of
 from launchers import resolve_device
 from options import setting
 from own_images import load_images
 from records import published_normalisation
-from starting import starting_normalisation
+from starting import describe_labels, starting_normalisation, take_network
 
 
 def mkdir_p(path):
@@ -115,8 +116,9 @@ def cifar10(data_root, one_hot=True):
 
 
 def load_cifar10(H):
-    """45,000 train, 5,000 valid and 10,000 test images."""
-    return tuple(Images(x) for x, _ in cifar10(H.data_root))
+    """45,000 train, 5,000 valid and 10,000 test images, with --labels own their labels."""
+    splits = cifar10(H.data_root, one_hot=False)
+    return tuple(Images(x, labels=y[:, 0] if labels_of(H) else None) for x, y in splits)
 
 
 # ---- ImageNet, FFHQ ------------------------------------------------------------------------
@@ -245,14 +247,20 @@ def load_ffhq1024(H):
 
 
 def load_digits(H):
-    """The 1,797 handwritten digits that scikit-learn ships: 1,397 train, 200 valid, 200 test."""
+    """The 1,797 handwritten digits that scikit-learn ships: 1,397 train, 200 valid, 200 test.
+
+    Grey with their labels; a network of earlier versions gets them in RGB, or without.
+    """
     with needing("scikit-learn", "the data set digits"):
         from sklearn import datasets  # slow to import
 
-    levels = np.rint(datasets.load_digits().images * (255 / 16)).astype(np.uint8)  # (n, 8, 8)
-    array = np.repeat(levels[..., None], 3, axis=-1)  # (n, 8, 8, 3)
+    digits = datasets.load_digits()
+    levels = np.rint(digits.images * (255 / 16)).astype(np.uint8)  # (n, 8, 8)
+    array = np.repeat(levels[..., None], H.image_channels, axis=-1)  # (n, 8, 8, 1)
     order = np.random.RandomState(0).permutation(len(array))
-    return Images(array, order[400:]), Images(array, order[:200]), Images(array, order[200:400])
+    labels = digits.target if labels_of(H) else None
+    parts = order[400:], order[:200], order[200:400]
+    return tuple(Images(array, part, labels) for part in parts)
 
 
 def load_photos32(H):
@@ -290,7 +298,10 @@ LOADERS = {
 
 
 def set_up_data(H):
-    """Opens H.dataset and sets H.image_size and H.image_channels.
+    """Opens H.dataset; sets H.image_size, H.image_channels, H.n_labels and H.label_names.
+
+    Where H goes on with weights, the network, channels and labels are those that their run has
+    recorded, but for what the command line names.
 
     Returns:
         (H, training set, validation set or with H.test_eval the test set, preprocess_fn).
@@ -299,9 +310,13 @@ def set_up_data(H):
         UserError: for an unknown data set, or files that are missing or not what they should be.
     """
     H.image_size = image_size_of(H.dataset, setting(H, "image_size"))
-    H.image_channels = 3
+    if not take_network(H):
+        H.image_channels = image_channels_of(H.dataset, setting(H, "image_channels"))
+        H.label_names = set_labels(H.dataset, setting(H, "labels"))
+        H.n_labels = len(H.label_names)
     H.normalisation = starting_normalisation(H) or published_normalisation(H.dataset)
-    train, valid, test = LOADERS[H.dataset](H)
+    splits = train, valid, test = LOADERS[H.dataset](H)
+    describe_labels(H, splits)
     if H.dataset != "images" and H.normalisation[:2] != IMAGE_SETS[H.dataset][1:3]:
         H.image_mean, H.image_std = H.normalisation[:2]
     device = resolve_device(setting(H, "device"))

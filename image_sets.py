@@ -148,6 +148,24 @@ def image_channels_of(dataset, asked=None):
     return asked or channels
 
 
+def set_labels(dataset, asked=None):
+    """The names of a data set's labels, a list; empty where it has none, or none are asked for.
+
+    asked: --labels. Those of own images are in their folders and files: none are known here.
+
+    Raises:
+        UserError: for labels asked of a data set that has none, or of which they are not its own.
+    """
+    facts = IMAGE_SETS[dataset]
+    if dataset == "images" and asked != "own":
+        return []
+    if asked not in (None, "own") or asked and not facts.labels:
+        rule = "its labels are `own`" if facts.labels else "it has no labels"
+        remedy = "" if dataset != "images" else "; name `folders` or a FILE.json"
+        raise UserError(f"--labels {asked}: {dataset}: {rule}{remedy or ': leave it out'}")
+    return list(facts.labels) if asked or facts.always_labelled else []
+
+
 def target_bits(dataset):
     """Bit depth of the targets of a data set: 5 for ffhq_256, else 8 (also for None)."""
     return IMAGE_SETS[dataset].bits if dataset in IMAGE_SETS else 8

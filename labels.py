@@ -22,6 +22,11 @@ def given(labels):
     return {} if labels is None else {"labels": labels}
 
 
+def labels_in(batch, H):
+    """The labels (N,) of a batch [images, labels], for a network that knows some; else None."""
+    return batch[1] if labels_of(H) else None
+
+
 def check_labels(labels, n, n_labels):
     """labels, in any array's form, as an int64 tensor; None as -1 for each of n images.
 

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 # The purposes of random numbers: each is a seed of its own, a function of the run's seed.
-TRAINING, EVALUATION, PICTURES, IMPORTANCE, MIRRORING = range(5)
+TRAINING, EVALUATION, PICTURES, IMPORTANCE, MIRRORING, DROPPING = range(6)
 SAMPLING, ENCODING, DECODING = range(10, 13)
 
 

@@ -6,7 +6,7 @@ import os
 import re
 
 from errors import UserError
-from image_sets import IMAGE_SETS, image_size_of
+from image_sets import CHANNELS, IMAGE_SETS, image_channels_of, image_size_of, set_labels
 
 
 class Hyperparams(dict):
@@ -73,10 +73,12 @@ natural = _checked(int, lambda v: v >= 0, "a whole number of at least 0")
 seed = _checked(int, lambda v: 0 <= v < 2**62, "a whole number from 0 to below 2^62")
 positive = _checked(float, lambda v: 0 < v < _INF, "a positive number")
 nonnegative = _checked(float, lambda v: 0 <= v < _INF, "a number of at least 0")
+probability = _checked(float, lambda v: 0 <= v <= 1, "a number from 0 to 1")
 fraction = _checked(float, lambda v: 0 <= v < 1, "a number from 0 up to, not including, 1")
 threshold = _checked(float, lambda v: v == -1 or v > 0, "a positive number, or -1 for none")
 port = _checked(int, lambda v: 1 <= v <= 65535, "a port number from 1 to 65535")
 device = one_of("auto", "cpu", "cuda")
+channels = _checked(int, lambda v: v in CHANNELS, "1 (grey) or 3 (RGB)")
 
 
 def colour(text):
@@ -100,12 +102,16 @@ OPTIONS = {
         ("port", port, 29500, "rendezvous port of several processes; a free one if it is taken"),
         ("timeout", positive, 600.0, "seconds without a step after which a process is given up"),
         ("test_eval", bool, False, "evaluate the restored EMA weights on the test set, then end"),
+        ("label", one_of("given", "none"), "given", "evaluate given the images' labels, or none"),
         ("dry_run", bool, False, "end after the summary of the run"),
     ],
     "data": [
         ("dataset", str, "cifar10", f"one of {', '.join(IMAGE_SETS)}"),
         ("data_root", path, "./", "folder of the data set's files; images: also one .npy file"),
         ("image_size", count, None, "images: pixels of a side after resizing (an .npy: its own)"),
+        ("image_channels", channels, None, "images: 3 for RGB, 1 for grey (none: the data set's)"),
+        ("labels", path, None, "images: folders, or FILE.json (docs/data.md); cifar10: own"),
+        ("label_dropout", probability, 0.1, "share of the labels that a step of training ignores"),
         ("bad_images", one_of("refuse", "skip"), "refuse", "images: unreadable or too small ones"),
         ("background", colour, "white", "images: a colour that transparency is laid on"),
         ("grow", bool, False, "images: --data_root has new ones, which are split by themselves"),
@@ -224,6 +230,9 @@ SYNONYMS = {
     "iters_per_ckpt": "checkpoint_every ckpt_interval",
     "iters_per_print": "log_every log_interval print_freq logging_steps",
     "epochs_per_eval": "eval_every eval_interval",
+    "labels": "label_file classes class_labels cond class_cond",
+    "label": "class y",
+    "image_channels": "channels n_channels in_channels num_channels grayscale grey",
     "patience": "early_stopping early_stopping_patience",
     "init_from": "pretrained finetune finetune_from init_weights",
     "restore_path": "checkpoint ckpt load weights load_from",
@@ -359,12 +368,12 @@ def hparams_of(preset, overrides, add_vae_arguments, parse_args_and_update_hpara
     """A preset's hyperparameters with every option, by the parser functions of `hps`.
 
     Returns:
-        Hyperparams, with image_size and image_channels of its data set.
+        Hyperparams, with image_size, image_channels, n_labels and label_names of its data set.
 
     Raises:
         UserError: for an unknown preset or override, or what image_size_of refuses.
     """
-    H, parser = Hyperparams(), OneLineParser()
+    H, parser = Hyperparams(n_labels=None), OneLineParser()
     add_vae_arguments(parser)
     taken = add_own_options(parser)
     parse_args_and_update_hparams(H, parser, ["--hps", preset])
@@ -378,5 +387,10 @@ def hparams_of(preset, overrides, add_vae_arguments, parse_args_and_update_hpara
     H.update(overrides)
     if H.dataset in IMAGE_SETS or not H.image_size:  # else a fork's own, which tells its size
         H.image_size = image_size_of(H.dataset, setting(H, "image_size"))
-    H.image_channels = 3
+    known = H.dataset in IMAGE_SETS
+    asked = setting(H, "image_channels")
+    H.image_channels = image_channels_of(H.dataset, asked) if known else asked or 3
+    if H.n_labels is None:
+        H.label_names = set_labels(H.dataset, setting(H, "labels")) if known else []
+        H.n_labels = len(H.label_names)
     return H

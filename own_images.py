@@ -10,13 +10,15 @@ import os
 from pathlib import Path
 
 import numpy as np
+import torch
 
-from batches import Images
+from batches import Images, of_channels
 from decoding import rgb_of
 from errors import UserError, one_line
 from file_kinds import not_regular, what_file
 from files import read_json, write_json
 from image_files import ImageArray, NpyImages, list_images, open_npy
+from label_files import labels_digest, labels_of_array, labels_of_files, numbers_of
 from launchers import world
 from options import DEFAULTS, setting
 from packing import Packing, cached, names_in_packing, packed_images, state_of
@@ -36,7 +38,7 @@ def open_own(H, how):
     given = H.given_options  # None where a program has made H
     if given is not None and "data_root" not in given and H.data_root == DEFAULTS["data_root"]:
         raise UserError("own images need --data_root: name a folder of them, or an .npy file")
-    root = Path(H.data_root)
+    root, channels = Path(H.data_root), how.channels
     if root.suffix == ".npy" and not root.is_dir():
         try:
             if special := not_regular(root):  # which could wait for ever
@@ -48,9 +50,13 @@ def open_own(H, how):
             raise UserError(f"--data_root {root} is no complete .npy file ({reason})") from None
         n, size = (found + (0, 0))[:2]
         size = setting(H, "image_size") or size
-        array = open_npy(root, (n, size, size, 3), "convert it, or name another --image_size")
-        state = state_of(root.parent, [root.name])
-        return array, cached(root.parent, root.name, state, lambda _: measure(array))[1]
+        shape = (n, size, size, *(found[3:] if found[3:] in ((), (1,)) else (3,)))
+        array = open_npy(root, shape, "convert it, or name another --image_size")
+        name, state = root.name, state_of(root.parent, [root.name])
+        if shape[3:] != (channels,):
+            array = OfChannels(array, channels)
+            name += {1: "-grey", 3: "-rgb"}[channels]
+        return array, cached(root.parent, name, state, lambda _: measure(array))[1]
     if not root.is_dir():
         raise UserError(f"--data_root {root} is no folder: name one of images, or an .npy file")
     if not setting(H, "image_size"):
@@ -68,6 +74,21 @@ def open_own(H, how):
         if world().rank == 0:
             print(one_line(f"going on although {problem}"), flush=True)
     return array, facts
+
+
+class OfChannels:
+    """An array of uint8 images (n, S, S), (n, S, S, 1 or 3) as one of (n, S, S, channels)."""
+
+    def __init__(self, array, channels):
+        self.array, self.channels = array, channels
+        self.shape = (*array.shape[:3], channels)
+
+    def __len__(self):
+        return len(self.array)
+
+    def __getitem__(self, numbers):
+        images = of_channels(self.array[numbers], self.channels)  # (N, S, S, channels)
+        return images.numpy() if torch.is_tensor(images) else images
 
 
 # ---- statistics, split ---------------------------------------------------------------------
@@ -111,7 +132,8 @@ def measure(array):
 # ---- the run's record ----------------------------------------------------------------------
 
 # What each images.json has. Those of folders also have `files`, the names of the images in the
-# array's order, and `packing`; a set that has grown has `grown_from`, the sha256 at first.
+# array's order, and `packing`; a set that has grown has `grown_from`, the sha256 at first. Those
+# with labels have `label_names` and `labels`, a hash over which image has which.
 FACTS = {"image_size", "n_images", "valid", "test", "mean", "std", "sha256"}
 
 
@@ -140,12 +162,12 @@ def _packing_for(H, record, path, own):
     Raises:
         UserError: for another --background than the run's.
     """
-    asked = Packing(background="#{:02x}{:02x}{:02x}".format(*rgb_of(setting(H, "background"))))
-    root = Path(H.data_root)
+    background = "#{:02x}{:02x}{:02x}".format(*rgb_of(setting(H, "background")))
+    asked, root = Packing(background=background, channels=H.image_channels), Path(H.data_root)
     if not record or not root.is_dir():
         return asked
-    known = Packing(*record.get("packing", (1, None)))
-    if asked not in (known, Packing()):  # another background is asked for
+    known = Packing(*record.get("packing", (1, None)))._replace(channels=asked.channels)
+    if asked not in (known, Packing(channels=asked.channels)):  # another background is asked for
         if own:
             raise UserError(
                 f"--background {H.background}: {path} tells of images packed otherwise "
@@ -201,6 +223,42 @@ def _grown(H, base, path, array, facts):
             flush=True,
         )
     return record
+
+
+def _label(H, record, own, own_path, grown):
+    """int64 labels (n,) of own images by --labels, None without; H.label_names are their names.
+
+    Args:
+        record: of the images, which gets the labels' names and hash.
+        own, own_path: the images.json of the run's own folder; None without.
+        grown: names of the images that it tells of, where there are more now, else None.
+
+    Raises:
+        UserError: as label_files; for other labels than those of the run's folder.
+    """
+    how = setting(H, "labels")
+    if not how:
+        return None
+    files = record.get("files")
+    if files is None:
+        found, files = labels_of_array(how, record["n_images"]), range(record["n_images"])
+    else:
+        found = labels_of_files(how, H.data_root, files)
+    H.label_names, numbers = numbers_of(found, how, H.label_names)
+    H.n_labels = len(H.label_names)
+    digest = labels_digest(files, found)
+    if own and own.get("labels"):
+        label, old = dict(zip(files, found, strict=True)), files if grown is None else grown
+        if own["labels"] != labels_digest(old, [label[name] for name in old]):
+            raise UserError(
+                f"{own_path} tells of images with other labels than those of --labels {how}: put "
+                f"the former ones back, or choose another --desc"
+            )
+    record |= {"label_names": H.label_names, "labels": digest}
+    without = numbers.count(-1)
+    if without and world().rank == 0:
+        print(f"{without:,} of {len(numbers):,} images have no label", flush=True)
+    return numbers
 
 
 def _warn_of_leak(base, path):
@@ -272,7 +330,7 @@ def load_images(H):
     # The restored weights' comes first: it is what they were trained with.
     base, base_path = known[0] if known else (None, None)
     own_path = logdir and Path(logdir).with_name("images.json")
-    own = read_record(logdir, FACTS) if logdir else None
+    own = before = read_record(logdir, FACTS) if logdir else None
     how = _packing_for(H, base, base_path, own is not None and own == base)
     array, facts = open_own(H, how)
     n, size = array.shape[:2]
@@ -307,12 +365,15 @@ def load_images(H):
         record["mean"], record["std"], source = H.normalisation
     if own and any(own[key] != record[key] for key in FACTS):
         raise _other_images(H, own, own_path, record, facts)
+    grown = before.get("files") if before and before["sha256"] != record["sha256"] else None
+    record = {key: record[key] for key in record.keys() - {"labels", "label_names"}}
+    labels = _label(H, record, before, own_path, grown)
     H.image_size, H.image_mean, H.image_std = size, record["mean"], record["std"]
     H.image_record, H.image_digest = record, record["sha256"]
     H.normalisation = (record["mean"], record["std"], source)
     valid, test = (np.array(record[key], dtype=np.int64) for key in ("valid", "test"))
     train = train_indices(n, valid, test)
-    return Images(array, train), Images(array, valid), Images(array, test)
+    return tuple(Images(array, part, labels) for part in (train, valid, test))
 
 
 def epoch_begins_anew(H, old):

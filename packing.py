@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from batches import begin_worker, cores
+from batches import begin_worker, cores, of_channels
 from decoding import SUFFIXES, decode_as_before, decode_noting, fit
 from errors import UserError, one_line
 from files import read_json, replace, write_json
@@ -26,11 +26,13 @@ from resources import naming_shortages
 class Packing(NamedTuple):
     """How pictures become an array: what of it changes their levels is part of the cache's key.
 
-    Version 1, of runs from before version 2, dropped alpha and took few kinds of pictures.
+    Version 1, of runs from before version 2, dropped alpha and took few kinds of pictures. Pictures
+    of one channel are grey by Pillow's L.
     """
 
     version: int = 2
     background: str | None = "#ffffff"
+    channels: int = 3
 
     def suffixes(self):
         return SUFFIXES if self.version > 1 else (".png", ".jpg", ".jpeg", ".webp")
@@ -41,30 +43,38 @@ class Packing(NamedTuple):
             return decode_noting(data, self.background)
         return decode_as_before(data), []
 
+    def fit(self, image, size):
+        """A decoded image as uint8 (size, size, channels), as decoding.fit."""
+        levels = fit(image, size)
+        return levels if self.channels == 3 else of_channels(levels[None], 1)[0].numpy()
+
     def name(self, size):
         """What the array and its manifest are called, in the cache's folder."""
         if self.version == 1:
-            return f"{size}-v1"
-        return f"{size}" if self == Packing() else f"{size}-{self.background[1:]}"
+            kind = "-v1"
+        else:
+            kind = "" if self.background == Packing().background else f"-{self.background[1:]}"
+        return f"{size}{kind}{'-grey' * (self.channels == 1)}"
 
     def source(self, root, names):
         """What the manifest says that the array was made of."""
         state = state_of(root, names)
-        if self.version == 1:
+        if self.version == 1 and self.channels == 3:
             return state
-        return {"files": state, "packing": self.version, "background": self.background}
+        source = {"files": state, "packing": self.version, "background": self.background}
+        return source if self.channels == 3 else source | {"channels": self.channels}
 
     def __str__(self):
         if self.version == 1:
             return "alpha dropped, PNG, JPEG and WebP of 8 bits alone"
-        return f"transparency on {self.background}"
+        return f"transparency on {self.background}{', grey' * (self.channels == 1)}"
 
 
 # ---- packing -------------------------------------------------------------------------------
 
 
 class _ToPack(Dataset):
-    """Item i: (image i of a folder, uint8 (S, S, 3), its notes), or (None, why it has no use)."""
+    """Item i: (image i of a folder, uint8 (S, S, c), its notes), or (None, why it has no use)."""
 
     def __init__(self, root, names, size, how):
         self.root, self.names, self.size, self.how = root, names, size, how
@@ -75,7 +85,7 @@ class _ToPack(Dataset):
     def __getitem__(self, i):
         try:
             image, notes = self.how.decode((self.root / self.names[i]).read_bytes())
-            return fit(image, self.size), notes
+            return self.how.fit(image, self.size), notes
         except OSError as error:
             return None, f"can't be read ({error.strerror})"
         except ValueError as error:
@@ -91,7 +101,7 @@ def pack_images(root, names, size, out, how):
     Raises:
         UserError: if there is no room for them, or not one can be used.
     """
-    needed, free = len(names) * size * size * 3, shutil.disk_usage(out.parent).free
+    needed, free = len(names) * size * size * how.channels, shutil.disk_usage(out.parent).free
     if needed > free:
         raise UserError(
             f"{len(names):,} images of {size} x {size} need {needed:,} bytes, {out.parent} has "
@@ -283,7 +293,7 @@ def packed_images(root, size, measure, how=Packing()):  # noqa: B008  it is immu
     source = how.source(root, names)
 
     def opened(folder, name, manifest):
-        shape = (len(manifest["files"]), size, size, 3)
+        shape = (len(manifest["files"]), size, size, how.channels)
         remedy = f"move {folder / name}.* away to pack anew"
         return open_npy(folder / f"{name}.npy", shape, remedy), manifest
 

@@ -2,13 +2,15 @@
 
 import os
 
+import numpy as np
 import torch.distributed as dist
 
-from errors import UserError
+from errors import UserError, one_line
+from labels import labels_of
 from launchers import world
-from options import setting
+from options import OPTIONS, setting
 from presets import shapes_of
-from records import normalisation_of
+from records import normalisation_of, state_beside
 from turns import each_host_first
 from utils import maybe_download
 from weights import read_weights
@@ -74,3 +76,93 @@ def starting_normalisation(H):
     path = fetched(ema or weights)
     counts = H.dataset == "images" or setting(H, "init_from")
     return normalisation_of(path, (lambda: shapes_of(read_weights(path))) if counts else None)
+
+
+# What a record tells of images and labels, beside the options of a network.
+RECORDED = ("image_channels", "labels", "n_labels", "label_names")
+
+
+def take_network(H):
+    """Gives H the network, channels and labels of the run whose weights it goes on with.
+
+    A run's own network wins over a preset that has changed since; what the command line names wins
+    over both. A record from before there were labels means none.
+
+    Returns:
+        whether there is such a record.
+
+    Raises:
+        UserError: for a damaged one.
+    """
+    weights, ema = starting_paths(H)
+    given = H.given_options  # None where a program has made H: it names everything
+    if setting(H, "init_from") or not (ema or weights) or given is None:
+        return False
+    state, old = state_beside(fetched(ema or weights)) or (None, {})
+    if not {"enc_blocks", "dec_blocks", "image_channels"} <= old.keys():
+        return False
+    if H.image_size and H.image_size != old.get("image_size"):
+        return False  # another model, as load_vaes then says
+    names = [name for name, *_ in OPTIONS["network"] if name in old]
+    taken = [name for name in [*names, *RECORDED] if name not in given]
+    if "labels" in given:
+        taken = [name for name in taken if name not in ("n_labels", "label_names")]
+        H.label_names = old.get("label_names")
+    changed = [n for n in names if n in taken and H[n] != old[n]]
+    H.update({name: old.get(name) for name in taken})
+    H.n_labels, H.label_names = H.n_labels or 0, H.label_names or []
+    if changed and world().rank == 0:
+        print(
+            one_line(
+                f"the network is the one of {state}, not today's preset: "
+                + ", ".join(f"{name} {H[name]}" for name in changed)
+            ),
+            flush=True,
+        )
+    if setting(H, "test_eval"):
+        H.label_dropout = old.get("label_dropout", 1.0)
+        H.label_counts = old.get("label_counts")
+    return True
+
+
+def describe_labels(H, splits):
+    """Holds the options of labels against the data's; sets H.label_counts where there are some.
+
+    These are the numbers of training images of each label and, last, of those without; with
+    H.test_eval, those of the weights' own training.
+
+    Args:
+        splits: the training, validation and test set, batches.Images; those without labels get -1
+            for each image where the network knows labels.
+
+    Raises:
+        UserError: for options of labels where there are none, or an evaluation without labels of
+            a network that has never been without.
+    """
+    n_labels, given = labels_of(H), H.given_options or ()
+    if not n_labels:
+        for name in ("label", "label_dropout"):
+            if name in given:
+                raise UserError(
+                    f"--{name} {H[name]}: {H.dataset} has no labels here: leave it out"
+                    + (", or name them with --labels" if H.dataset in ("cifar10", "images") else "")
+                )
+        return
+    for images in splits:
+        if images.labels is None:
+            images.labels = np.full(len(images.array), -1)
+    if not (H.test_eval and H.label_counts):
+        labels = splits[0].labels[splits[0].indices]
+        counts = np.bincount(labels[labels >= 0], minlength=n_labels)
+        H.label_counts = [*counts.tolist(), int((labels < 0).sum())]
+    if setting(H, "label") == "none":
+        refuse_unlabelled(H, "--label none")
+
+
+def refuse_unlabelled(H, what):
+    """Raises UserError for a network that was always told labels: it knows nothing without."""
+    if labels_of(H) and H.label_counts and not H.label_counts[-1] and H.label_dropout == 0:
+        raise UserError(
+            f"{what}: the weights were trained with --label_dropout 0 on labelled images alone, so "
+            f"they know no images without a label: name a label"
+        )

@@ -82,7 +82,9 @@ def check_weights(model, state, path, asked="asked for"):
 
 
 # What the shapes of the weights depend on, beside what the network is fed.
-NETWORK = {"dataset", "image_size", "image_channels"} | {name for name, *_ in OPTIONS["network"]}
+NETWORK = {"dataset", "image_size", "image_channels", "n_labels", "label_names"} | {
+    name for name, *_ in OPTIONS["network"]
+}
 
 
 def recorded_hparams(path):
