@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from noise import from_this_place, is_drawn_before
+
 # ---- precision, layout ---------------------------------------------------------------------
 
 
@@ -314,4 +316,7 @@ def checkpointed(on, function, *tensors):
     """function(*tensors); if `on`, keeping for the backward pass no more than the tensors."""
     if not on or not torch.is_grad_enabled():
         return function(*tensors)
+    if is_drawn_before():  # no generator's state to keep and put back
+        function = from_this_place(function)
+        return checkpoint(function, *tensors, use_reentrant=False, preserve_rng_state=False)
     return checkpoint(function, *tensors, use_reentrant=False)

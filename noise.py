@@ -1,7 +1,7 @@
 """Random numbers that belong to something: an image, a step, a purpose."""
 
 import contextlib
-import contextvars
+import threading
 
 import numpy as np
 import torch
@@ -43,7 +43,13 @@ class _OfImages:
         self.draws = 0
 
 
-_of_images = contextvars.ContextVar("the generators of the images in work", default=None)
+class _Here(threading.local):
+    """Where this thread's noise comes from now. (torch.compile follows no ContextVar.)"""
+
+    of_images = drawn = None  # an _OfImages, a _Drawn
+
+
+_here = _Here()
 
 
 @contextlib.contextmanager
@@ -55,27 +61,102 @@ def noise_of_images(generators):
     then stays behind.
     """
     mine = _OfImages(generators)
-    token = _of_images.set(mine if generators is not None else _of_images.get())
+    before = _here.of_images
+    _here.of_images = mine if generators is not None else before
     try:
         yield mine
     finally:
-        _of_images.reset(token)
+        _here.of_images = before
 
 
 def is_of_images():
     """Whether noise comes from the images' own generators now."""
-    return _of_images.get() is not None
+    return _here.of_images is not None
+
+
+class _Drawn:
+    """Tensors that fill_noise gives out in turn; `place` is the number of the next."""
+
+    def __init__(self, tensors, place=0):
+        self.tensors = tensors
+        self.place = place
+
+
+def noise_shapes(vae, n):
+    """Of the noise of a pass of n images through a VAE's posterior: one shape a block, in order."""
+    return [(n, block.zdim, block.base, block.base) for block in vae.decoder.dec_blocks]
+
+
+def draw_normals(shapes, like):
+    """A normal tensor per shape, in order: what fill_noise would draw for them, with these bits.
+
+    From the default generator of `like`'s device, in `like`'s dtype.
+    """
+    return [torch.empty(s, dtype=like.dtype, device=like.device).normal_() for s in shapes]
+
+
+@contextlib.contextmanager
+def drawn_before(tensors):
+    """In the body, fill_noise gives these tensors in turn, and draws nothing.
+
+    So the pass in the body can be captured, compiled or computed anew. A sampler that a program
+    has put in place draws its own numbers all the same: the context's `place`, how many tensors
+    were given out, then stays behind.
+    """
+    mine = _Drawn(tensors)
+    before, _here.drawn = _here.drawn, mine
+    try:
+        yield mine
+    finally:
+        _here.drawn = before
+
+
+def is_drawn_before():
+    """Whether noise has been drawn before the pass."""
+    return _here.drawn is not None
+
+
+def from_this_place(function):
+    """function, which at every call is given the drawn_before tensors that are next now.
+
+    A backward pass that computes a part of the forward pass anew, in another thread perhaps, has
+    that part's noise again.
+    """
+    mine = _here.drawn
+    if mine is None:
+        return function
+    place = mine.place
+
+    def at_that_place(*args):
+        part = _Drawn(mine.tensors, place)
+        before, _here.drawn = _here.drawn, part
+        try:
+            return function(*args)
+        finally:
+            _here.drawn = before
+            mine.place = max(mine.place, part.place)
+
+    return at_that_place
 
 
 def fill_noise(shape, like, fill):
     """A contiguous tensor of the given shape, filled by fill(tensor, generator=...).
 
     The numbers come from the default generator of `like`'s device, or within noise_of_images from
-    the images' own.
+    the images' own; within drawn_before they are there already.
+
+    Raises:
+        ValueError: within drawn_before, where another shape was drawn.
     """
-    own = _of_images.get()
+    own = _here.of_images
     if own is None:
-        return fill(torch.empty(shape, dtype=like.dtype, device=like.device))
+        drawn = _here.drawn
+        if drawn is None:
+            return fill(torch.empty(shape, dtype=like.dtype, device=like.device))
+        drawn.place += 1
+        if drawn.place > len(drawn.tensors) or drawn.tensors[drawn.place - 1].shape != shape:
+            raise ValueError(f"no noise of shape {tuple(shape)} was drawn before this pass")
+        return drawn.tensors[drawn.place - 1]
     assert len(own.generators) == shape[0]
     own.draws += 1
     rows = torch.empty(shape, dtype=like.dtype)

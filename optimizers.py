@@ -71,11 +71,34 @@ def ema_rate_after(updates, H):
     """The rate of an EMA at the update that makes `updates`: H.ema_rate, with its warm-up or not.
 
     min(rate, (1 + n) / (10 + n)), as in TensorFlow's ExponentialMovingAverage: without it the first
-    1 / (1 - rate) updates leave the EMA mostly initial weights.
+    1 / (1 - rate) updates leave the EMA mostly initial weights. `updates` may be a 0-dim tensor.
     """
     if not setting(H, "ema_warmup"):
         return H.ema_rate
+    if torch.is_tensor(updates):
+        updates = updates.double()
+        return ((1 + updates) / (10 + updates)).clamp(max=H.ema_rate)
     return min(H.ema_rate, (1 + updates) / (10 + updates))
+
+
+# Tensors of an average that are moved together where the weight is one: each needs a copy as large.
+TOGETHER = 128
+
+
+@torch.no_grad()
+def move_towards(averages, parameters, weight):
+    """Moves each of a list of tensors by weight · (parameter − average), in place.
+
+    weight: a number, or a 0-dim tensor, which nothing waits for.
+    """
+    if not torch.is_tensor(weight):
+        torch._foreach_lerp_(averages, parameters, weight)
+        return
+    for start in range(0, len(averages), TOGETHER):
+        part = averages[start : start + TOGETHER]
+        change = torch._foreach_sub(parameters[start : start + TOGETHER], part)
+        torch._foreach_mul_(change, weight.float())
+        torch._foreach_add_(part, change)
 
 
 def convert_optimizer_state(state, parameters, per_parameter_step):

@@ -8,10 +8,8 @@ dimension: one of the three levels of a pixel); bits_per_dim is elbo / ln 2.
 import interrupts  # noqa: F401  the first: a Ctrl-C while the others are imported is one line
 
 # isort: split
-import contextlib
 import math
 import os
-import time
 
 import numpy as np
 import torch
@@ -38,7 +36,7 @@ from noise import (
     noise_of_images,
     noise_seed,
 )
-from optimizers import all_finite, applied_updates, count_update, ema_rate_after, linear_warmup
+from optimizers import all_finite, applied_updates
 from options import Hyperparams, setting
 from pictures import labelled_grid
 from processes import allreduce
@@ -56,6 +54,7 @@ from resources import naming_shortages
 from resuming import Progress, find_start, resume_run
 from run_folder import begin_run, begin_training, refuse_occupied
 from starting import starting_paths
+from steps import Steps, Unread
 from train_helpers import (
     accumulate_stats,
     load_opt,
@@ -75,51 +74,23 @@ OWN_SAMPLER = "noise was not drawn image by image: the figures depend on the bat
 # ---- one step ------------------------------------------------------------------------------
 
 
-def training_step(H, data_input, target, vae, ema_vae, optimizer, iterate):
+def training_step(H, data_input, target, vae, ema_vae, optimizer, iterate, labels=None):
     """One step on a batch of input and target (N, R, R, 3), in --grad_accum parts.
 
     The update is skipped, on all ranks alike, if any saw a NaN or if the gradient norm, before
     clipping, is not below H.skip_threshold. With --kl_warmup_iters the rate's weight in the loss
-    grows to 1; `iterate`, from 0, is the step by which it goes.
+    grows to 1; `iterate`, from 0, is the step by which it goes. labels (N,) are a VAE's that
+    has some.
 
     Returns:
         floats: elbo, distortion, rate (batch means over all ranks), rate_nans, distortion_nans
         and skipped_updates (each 0 or 1), grad_norm, iter_time in seconds.
     """
-    start = time.perf_counter()
-    vae.zero_grad(set_to_none=True)
-    beta = linear_warmup(setting(H, "kl_warmup_iters"))(iterate)
-    batches, parts = [t.chunk(setting(H, "grad_accum")) for t in (data_input, target)], []
-    for last, part in enumerate(zip(*batches, strict=True), start=1 - len(batches[0])):
-        # The processes average their gradients once, with those of the last part.
-        with vae.no_sync() if last < 0 else contextlib.nullcontext():
-            with forward_precision(setting(H, "precision"), data_input.device):
-                parts.append(vae(*part))
-            loss = parts[-1]["elbo"]
-            if beta < 1:
-                loss = parts[-1]["distortion"] + beta * parts[-1]["rate"]
-            (loss / len(batches[0])).backward()
-    stats = {key: torch.stack([p[key].detach() for p in parts]).mean() for key in parts[0]}
-    norm = torch.nn.utils.clip_grad_norm_(vae.parameters(), H.grad_clip)
-    stats = get_cpu_stats_over_ranks(  # the step's one wait for the device
-        {
-            **stats,
-            "rate_nans": stats["rate"].isnan(),
-            "distortion_nans": stats["distortion"].isnan(),
-            "grad_norm": norm,
-            "stop": stop.announce(),
-        }
-    )
-    stop.agreed = stats.pop("stop") > 0
-    for key in ("rate_nans", "distortion_nans"):
-        stats[key] = float(stats[key] > 0)  # on any rank
-    limit = math.inf if H.skip_threshold == -1 else H.skip_threshold
-    # A norm that is infinite or NaN is below no limit: it never reaches the weights.
-    apply = not stats["rate_nans"] and not stats["distortion_nans"] and stats["grad_norm"] < limit
-    if apply:
-        optimizer.step()
-        update_ema(vae, ema_vae, ema_rate_after(count_update(optimizer), H))
-    return {**stats, "skipped_updates": float(not apply), "iter_time": time.perf_counter() - start}
+    batch, means = (data_input, target, labels), (get_cpu_stats_over_ranks, update_ema)
+    return Steps(H, vae, ema_vae, optimizer).launch(*batch, iterate, *means).read()
+
+
+_own_step = training_step  # whose halves the loop calls, unless a program has replaced it
 
 
 @torch.no_grad()
@@ -352,25 +323,37 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
         logprint(f"nothing left to do: --patience {patience}: {best_report(at)}")
         return
 
+    steps, unread = Steps(H, *models), Unread(at, max_skips)
+    intervals = H.iters_per_print, H.iters_per_images, H.iters_per_ckpt, H.iters_per_save
     bar = progress_bar(H.num_epochs * len(batches), at.step)
     for at.epoch in range(starting_epoch, H.num_epochs):
         batches.set_epoch(at.epoch, at.position)
-        for batch in loader:
+        for batch, left in zip(loader, range(len(batches))[::-1], strict=True):
             # 2. The step. Its noise is a function of (seed, rank, step).
-            heartbeat(at.step)
-            torch.manual_seed(noise_seed(seed, TRAINING, world().rank, at.step))
+            step = at.step + len(unread)
+            heartbeat(step)
+            torch.manual_seed(noise_seed(seed, TRAINING, world().rank, step))
             data_input, target = preprocess_fn(batch)
             lr = scheduler.get_last_lr()[0]
-            stats = training_step(H, data_input, target, *models, at.step)
+            if training_step is _own_step:
+                means, batch = (get_cpu_stats_over_ranks, update_ema), (data_input, target, None)
+                unread.add(steps.launch(*batch, step, *means))
+            else:
+                unread.add(training_step(H, data_input, target, *models, step))
             scheduler.step()
-            at.advance(stats, global_batch)
-            bar.set_postfix_str(f"{nats_to_bits(stats['elbo']):.3f} bits/dim", refresh=False)
-            bar.update()
-            early = at.step - at.first_step in EARLY_STEPS
+            early = step + 1 - at.first_step in EARLY_STEPS
+            due = early or not left or not all((step + 1) % every for every in intervals)
 
-            # 3. A run that no longer updates says so.
-            if at.skips == setting(H, "skip_streak"):
-                logprint(f"WARNING: {skip_report(H, at)}")
+            # 3. Statistics: on a GPU those of the step before, while this one goes on, unless this
+            # one's are needed. A run that no longer updates says so.
+            for stats in unread.read(due):
+                at.advance(stats, global_batch)
+                bar.set_postfix_str(f"{nats_to_bits(stats['elbo']):.3f} bits/dim", refresh=False)
+                bar.update()
+                if at.skips == setting(H, "skip_streak"):
+                    logprint(f"WARNING: {skip_report(H, at)}")
+            if unread:
+                continue
 
             # 4. Log, draw, save: a kill after the last of these leaves nothing of the step undone.
             if early or at.step % H.iters_per_print == 0:

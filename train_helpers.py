@@ -11,7 +11,6 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from checkpoints import write_checkpoint
 from data import mkdir_p  # noqa: F401  programs import it from here
@@ -20,7 +19,7 @@ from fused import allow_tf32
 from hps import Hyperparams, add_vae_arguments, parse_args_and_update_hparams
 from launchers import lone_warning, resolve_device, world
 from logs import is_buffered
-from optimizers import linear_warmup, make_optimizer, restore_optimizer
+from optimizers import linear_warmup, make_optimizer, move_towards, restore_optimizer
 from options import OneLineParser, add_own_options, given_options, setting
 from processes import describe_processes, join_processes
 from resources import try_compiler
@@ -207,8 +206,10 @@ def restore_params(model, path, local_rank, mpi_size, map_ddp=True, map_cpu=Fals
 
 def update_ema(vae, ema_vae, ema_rate):
     """Moves every EMA weight: p_ema ← ema_rate · p_ema + (1 − ema_rate) · p."""
-    ema, current = list(ema_vae.parameters()), list(vae.parameters())
-    get_ema_multi_avg_fn(ema_rate)(ema, current, None)
+    move_towards(list(ema_vae.parameters()), list(vae.parameters()), 1 - ema_rate)
+
+
+update_ema.in_steps = True  # which moves the EMA by lists of tensors that it has made once
 
 
 # ---- optimizer, saves ----------------------------------------------------------------------
