@@ -58,8 +58,11 @@ def decode_noting(data, background="white"):
             if image.format not in NO_SEQUENCE and getattr(image, "is_animated", False):
                 notes.append(FIRST)
             levels = _deep_levels(image, data)  # before image.load(), which forgets its layout
+            plain_ycbcr = _take_plain_ycbcr(image)
             image.load()
             turn = _turn(image)
+            if plain_ycbcr:
+                image = Image.frombytes("YCbCr", image.size, image.tobytes())
             if levels is not None:
                 notes.append(DIVIDED)
                 image = _of_levels(levels, image)
@@ -94,6 +97,18 @@ def _turn(image):
         }.get(image.getexif().get(ExifTags.Base.Orientation))
     except Exception:  # as of damaged bytes: a picture without a known orientation
         return None
+
+
+def _take_plain_ycbcr(image):
+    """Whether it is an uncompressed TIFF in YCbCr, whose bytes then load as if they were RGB.
+
+    Pillow before 13 takes such a file for one of four bytes a pixel, and so for cut off.
+    """
+    raw = [tile.args[0] for tile in image.tile if tile.codec_name == "raw" and tile.args]
+    found = image.format == "TIFF" and image.tag_v2.get(262) == 6 and {*raw} == {"RGBX"}
+    if found:
+        image.tile = [tile._replace(args=("RGB", *tile.args[1:])) for tile in image.tile]
+    return found
 
 
 def rgb_of(colour):

@@ -21,18 +21,29 @@ import torch
 from tqdm import tqdm
 
 import options
-from batches import preprocess
 from endings import run_command
 from errors import UserError, one_line, reason_of
 from file_kinds import not_regular
 from files import replace, sha256
 from hps import HPARAMS_REGISTRY
 from image_files import image_paths, read_images
-from noise import DECODING, ENCODING, SAMPLING, image_generators
 from options import OPTIONS, OneLineParser, complete
 from outputs import check_free, check_out, write_images, writing
 from pictures import labelled_grid
 from presets import get_hparams
+from synthesis import (
+    decode_latents,
+    draw_samples,
+    forming,
+    latents_of,
+    latents_of_two,
+    layers_to_keep,
+    resolutions_of,
+    steps_of_forming,
+    temperature_of_layers,
+)
+from synthesis import interpolate as images_between
+from synthesis import reconstruct as reconstructed
 from utils import maybe_download
 from weights import load_model
 
@@ -154,46 +165,12 @@ def open_model(args):
     return load_model(args.restore_ema_path, H, args.device)
 
 
-def per_block(model, t):
-    """One temperature per block from a number or {resolution: number}.
-
-    Raises:
-        UserError: for a resolution without latents.
-    """
-    blocks, found = model.decoder.dec_blocks, model.decoder.resolutions
-    if not isinstance(t, dict):
-        return [t] * len(blocks)
-    for resolution in t:
-        if resolution not in found:
-            raise UserError(
-                f"--temperature names resolution {resolution}: this model has latents at "
-                f"{', '.join(map(str, found))}"
-            )
-    return [t.get(block.base, 1.0) for block in blocks]
-
-
-def layers_to_keep(model, args):
-    """How many latents --layers or --resolution keeps.
-
-    Raises:
-        UserError: for more layers than there are, or a resolution without latents.
-    """
-    bases = [block.base for block in model.decoder.dec_blocks]
-    if args.layers and args.layers > len(bases):
-        raise UserError(f"--layers {args.layers}: this model has {len(bases)} layers")
-    if args.resolution and args.resolution not in bases:
-        found = ", ".join(map(str, model.decoder.resolutions))
-        raise UserError(f"--resolution {args.resolution}: this model has latents at {found}")
-    if args.resolution:
-        return max(i + 1 for i, base in enumerate(bases) if base <= args.resolution)
-    return args.layers or len(bases)
-
-
 # ---- commands ------------------------------------------------------------------------------
 
 
-def noise(args, purpose, indices):
-    return image_generators(indices, args.seed, purpose)
+def how(args):
+    """What decides, beside weights and latents, the images of a command."""
+    return {"seed": args.seed, "mean": args.mean}
 
 
 def words_of(temperature):
@@ -207,11 +184,10 @@ def name_of(model, args):
 
 
 def samples(args, model):
-    t = per_block(model, args.temperature)
+    t = temperature_of_layers(model, args.temperature)
 
     def make(indices):
-        generators = noise(args, SAMPLING, indices)
-        return model.forward_uncond_samples(len(indices), t, generators, args.mean)
+        return draw_samples(model, indices, t, **how(args))
 
     def draw(images):
         columns = min(args.n, max(8, math.ceil(math.sqrt(args.n))))
@@ -233,16 +209,10 @@ def originals_of(args, model):
     return read_images(args.images, model.H.image_size, background)
 
 
-def latents_of(args, model, images, indices, get_gaussians=False):
-    """Per block {z, kl, ...} of uint8 images (n, S, S, 3), whose noise is that of `indices`."""
-    x, _ = preprocess(images, model.H)
-    return model.forward_get_latents(x, noise(args, ENCODING, indices), get_gaussians)
-
-
-def decoded(args, model, latents, t, indices, purpose=DECODING):
-    """uint8 images of latents, one (n, Z, R, R) a block; `indices` own the rest's noise."""
-    generators = noise(args, purpose, indices)
-    return model.forward_samples_set_latents(len(indices), latents, t, generators, args.mean)
+def kept_of(args, model):
+    """(how many layers are kept, the temperature of each layer)."""
+    k = layers_to_keep(model, args.layers, args.resolution)
+    return k, temperature_of_layers(model, args.temperature)
 
 
 def kept(model, k, temperature):
@@ -251,12 +221,12 @@ def kept(model, k, temperature):
 
 
 def reconstruct(args, model):
-    k, t = layers_to_keep(model, args), per_block(model, args.temperature)
+    k, t = kept_of(args, model)
     originals = originals_of(args, model)
 
     def make(indices):
-        stats = latents_of(args, model, originals[indices.start : indices.stop], indices)
-        return decoded(args, model, [s["z"] for s in stats[:k]], t, indices)
+        images = originals[indices.start : indices.stop]
+        return reconstructed(model, images, indices, k, t, **how(args))
 
     def draw(images):
         rows, labels = [], []
@@ -272,16 +242,14 @@ def reconstruct(args, model):
 
 
 def interpolate(args, model):
-    k, t = layers_to_keep(model, args), per_block(model, args.temperature)
+    k, t = kept_of(args, model)
     originals = originals_of(args, model)
-    # Both ends and all steps share the noise of image 0: only the latents' content changes.
-    stats = latents_of(args, model, originals, (0, 0))
+    ends = latents_of_two(model, originals, args.seed)
     weights = torch.linspace(0, 1, args.steps, device=model.H.device)
 
     def make(indices):
-        w = weights[indices.start : indices.stop].view(-1, 1, 1, 1)
-        latents = [torch.lerp(s["z"][:1], s["z"][1:], w) for s in stats[:k]]  # (n, Z, R, R)
-        return decoded(args, model, latents, t, [0] * len(indices))
+        w = weights[indices.start : indices.stop]
+        return images_between(model, ends, w, k, t, **how(args))
 
     def draw(images):
         a, b = (Path(path).stem for path in args.images)
@@ -294,17 +262,16 @@ def interpolate(args, model):
 
 
 def progressive(args, model):
-    bases = [block.base for block in model.decoder.dec_blocks]
-    ends = [i + 1 for i, base in enumerate(bases) if bases[i + 1 : i + 2] != [base]]
+    bases, ends = resolutions_of(model), steps_of_forming(model)
     labels = [f"to {bases[k - 1]}x{bases[k - 1]}: {k} of {len(bases)} layers" for k in ends]
-    t, n = per_block(model, args.temperature), len(args.images) or args.columns
+    t, n = temperature_of_layers(model, args.temperature), len(args.images) or args.columns
     originals = originals_of(args, model) if args.images else None
 
     @functools.cache
     def encoded():
         """The z of all images, (n, Z, R, R) by block: a row has the first of them."""
         batches = [range(i, min(i + args.n_batch, n)) for i in range(0, n, args.n_batch)]
-        stats = [latents_of(args, model, originals[b.start : b.stop], b) for b in batches]
+        stats = [latents_of(model, originals[b.start : b.stop], b, args.seed) for b in batches]
         return [torch.cat([s["z"] for s in block]) for block in zip(*stats, strict=True)]
 
     def make(indices):
@@ -313,12 +280,9 @@ def progressive(args, model):
         for row in range(indices.start // n, -(-indices.stop // n)):
             k = ends[row]
             columns = range(max(indices.start - row * n, 0), min(indices.stop - row * n, n))
-            if args.images:
-                latents = [z[columns.start : columns.stop] for z in encoded()[:k]]
-                parts.append(decoded(args, model, latents, args.rest, columns))
-            else:  # the same generators: the first k layers are those of the other rows
-                ts = t[:k] + [args.rest] * (len(t) - k)
-                parts.append(decoded(args, model, (), ts, columns, SAMPLING))
+            latents = args.images and [z[columns.start : columns.stop] for z in encoded()[:k]]
+            part = forming(model, k, columns, t, args.rest, latents or None, **how(args))
+            parts.append(part)
         return np.concatenate(parts)
 
     def draw(images):
@@ -342,7 +306,7 @@ def encode(args, model):
     for first in tqdm(range(0, len(originals), args.n_batch), unit=" batches", disable=None):
         images = originals[first : first + args.n_batch]
         indices = range(first, first + len(images))
-        for i, stats in enumerate(latents_of(args, model, images, indices, args.gaussians)):
+        for i, stats in enumerate(latents_of(model, images, indices, args.seed, args.gaussians)):
             kl = stats.pop("kl").sum(dim=(1, 2, 3)) / images[0].size  # (n,)
             for name, value in {**stats, "rate": kl}.items():
                 arrays.setdefault(f"{name}{i:03}", []).append(value.cpu().numpy())
@@ -398,12 +362,12 @@ def read_latents(path, model, weights):
 
 
 def decode(args, model):
-    k, t = layers_to_keep(model, args), per_block(model, args.temperature)
+    k, t = kept_of(args, model)
     latents, n = read_latents(args.latents, model, sha256(args.restore_ema_path))
 
     def make(indices):
         part = [z if z is None else z[indices.start : indices.stop] for z in latents[:k]]
-        return decoded(args, model, part, t, indices)
+        return decode_latents(model, part, indices, t, **how(args))
 
     def draw(images):
         starts = range(0, n, 12)

@@ -158,15 +158,15 @@ def test_a_killed_run_goes_on_where_it_stopped(run, tmp_path):
 
 def test_progressive_goes_on_with_the_same_columns_alone(run, monkeypatch, tmp_path):
     """The place of an image depends on how many there are in a row."""
-    line, decoded, calls = "progressive --n_batch 2 --out p.npz", sample.decoded, []
+    line, forming, calls = "progressive --n_batch 2 --out p.npz", sample.forming, []
 
-    def stopped(*args):
+    def stopped(*args, **how):
         calls.append(1)
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return decoded(*args)
+        return forming(*args, **how)
 
-    monkeypatch.setattr(sample, "decoded", stopped)
+    monkeypatch.setattr(sample, "forming", stopped)
     with pytest.raises(KeyboardInterrupt):
         run(f"{line} --n 4")
     with pytest.raises(UserError, match="columns 4, not 6"):

@@ -1,0 +1,142 @@
+"""What a model makes of images or latents: functions from arrays to arrays.
+
+sample.py writes it to files, explore.py shows it. Images are uint8 (n, S, S, channels); latents are
+a list of tensors (n, Z, R, R), one a layer from the top. `indices` are one number an image, which
+with `seed` owns its noise: image 7 is the same, to rounding, in any batch. `labels` are int64 (n,),
+-1 for none.
+"""
+
+import torch
+
+from batches import preprocess
+from errors import UserError
+from noise import DECODING, ENCODING, SAMPLING, image_generators
+
+# ---- which layers, at which temperature ----------------------------------------------------
+
+
+def resolutions_of(model):
+    """The resolution of each layer, from the top."""
+    return [block.base for block in model.decoder.dec_blocks]
+
+
+def temperature_of_layers(model, t):
+    """One temperature per layer from a number or {resolution: number} (others: 1).
+
+    Raises:
+        UserError: for a resolution without latents.
+    """
+    layers, found = resolutions_of(model), model.decoder.resolutions
+    if not isinstance(t, dict):
+        return [t] * len(layers)
+    for resolution in t:
+        if resolution not in found:
+            raise UserError(
+                f"--temperature names resolution {resolution}: this model has latents at "
+                f"{', '.join(map(str, found))}"
+            )
+    return [t.get(resolution, 1.0) for resolution in layers]
+
+
+def layers_to_keep(model, layers=None, resolution=None):
+    """How many layers these are: the first `layers`, those up to a resolution, or (neither) all.
+
+    Raises:
+        UserError: for more layers than there are, or a resolution without latents.
+    """
+    bases = resolutions_of(model)
+    if layers and layers > len(bases):
+        raise UserError(f"--layers {layers}: this model has {len(bases)} layers")
+    if resolution and resolution not in bases:
+        found = ", ".join(map(str, model.decoder.resolutions))
+        raise UserError(f"--resolution {resolution}: this model has latents at {found}")
+    if resolution:
+        return max(i + 1 for i, base in enumerate(bases) if base <= resolution)
+    return layers or len(bases)
+
+
+def steps_of_forming(model):
+    """How many layers there are up to the end of each run of layers of one resolution."""
+    bases = resolutions_of(model)
+    return [i + 1 for i, base in enumerate(bases) if bases[i + 1 : i + 2] != [base]]
+
+
+# ---- images ↔ latents ----------------------------------------------------------------------
+
+
+def _labelled(labels):
+    """The keyword of labels where there are any: a fork's own network takes none."""
+    return {} if labels is None else {"labels": labels}
+
+
+def latents_of(model, images, indices, seed=0, get_gaussians=False, labels=None):
+    """Per layer {z, kl, ...} of images, drawn from their posterior."""
+    x, _ = preprocess(images, model.H)
+    generators = image_generators(indices, seed, ENCODING)
+    return model.forward_get_latents(x, generators, get_gaussians, **_labelled(labels))
+
+
+def decode_latents(model, latents, indices, t=1.0, seed=0, mean=False, labels=None):
+    """Images of the latents of the first layers; those that lack, or are None, are sampled.
+
+    Args:
+        t: temperature of what is sampled: a number, or one per layer.
+        mean: pixels are the mean of the mixture, not a sample.
+    """
+    generators = image_generators(indices, seed, DECODING)
+    return model.forward_samples_set_latents(
+        len(indices), latents, t, generators, mean, **_labelled(labels)
+    )
+
+
+def draw_samples(model, indices, t=1.0, seed=0, mean=False, labels=None):
+    """Samples of the prior at temperature t: a number, or one per layer."""
+    generators = image_generators(indices, seed, SAMPLING)
+    return model.forward_uncond_samples(len(indices), t, generators, mean, **_labelled(labels))
+
+
+def reconstruct(model, images, indices, k, t=0.1, seed=0, mean=False, labels=None):
+    """What the latents of the first k layers keep of images; the rest is sampled at t."""
+    stats = latents_of(model, images, indices, seed, labels=labels)
+    latents = [s["z"] for s in stats[:k]]
+    return decode_latents(model, latents, indices, t, seed, mean, labels=labels)
+
+
+# ---- between two images --------------------------------------------------------------------
+
+
+def latents_of_two(model, images, seed=0, labels=None):
+    """z of two images, a tensor (2, Z, R, R) a layer, both with the noise of image 0."""
+    return [s["z"] for s in latents_of(model, images, (0, 0), seed, labels=labels)]
+
+
+def interpolate(model, ends, weights, k, t=0.1, seed=0, mean=False, labels=None):
+    """Images on the line between two, one a weight: 0 is the first of them, 1 the second.
+
+    All share the noise of image 0: only the latents' content changes.
+
+    Args:
+        ends: of latents_of_two.
+        weights: a tensor (n,).
+        k: layers that are kept; the rest is sampled at t.
+    """
+    w = weights.view(-1, 1, 1, 1)
+    latents = [torch.lerp(z[:1], z[1:], w) for z in ends[:k]]  # (n, Z, R, R)
+    return decode_latents(model, latents, [0] * len(w), t, seed, mean, labels=labels)
+
+
+# ---- how images form -----------------------------------------------------------------------
+
+
+def forming(model, k, indices, t, rest=0.1, latents=None, seed=0, mean=False, labels=None):
+    """Images of which the first k layers are decided and the others drawn at temperature `rest`.
+
+    Args:
+        t: one temperature per layer, of samples.
+        latents: of images, at least k layers; None: samples, whose first k layers are the same
+            for every k.
+    """
+    if latents is not None:
+        return decode_latents(model, latents[:k], indices, rest, seed, mean, labels=labels)
+    ts = [*t[:k], *[rest] * (len(t) - k)]
+    return draw_samples(model, indices, ts, seed, mean, labels)
