@@ -27,6 +27,14 @@ def labels_in(batch, H):
     return batch[1] if labels_of(H) else None
 
 
+def label_names(H, labels):
+    """The name of each label, "" for -1; of a network whose names are not known, the number."""
+    if labels is None:
+        return []
+    names = [*(getattr(H, "label_names", None) or map(str, range(labels_of(H)))), ""]
+    return [names[label] for label in torch.as_tensor(labels).tolist()]
+
+
 def check_labels(labels, n, n_labels):
     """labels, in any array's form, as an int64 tensor; None as -1 for each of n images.
 

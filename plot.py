@@ -101,7 +101,8 @@ def main():
     runs = {}
     for run in args.runs:
         path = Path(run, "log.jsonl") if os.path.isdir(run) else Path(run)
-        runs[run.rstrip("/")] = read_log(path)
+        train, evals = read_log(path)
+        runs[run.rstrip("/")] = train, evals
     try:
         draw_curves(args.out, runs)
     except (OSError, ValueError) as error:

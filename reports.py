@@ -8,8 +8,9 @@ import torch
 from tqdm import tqdm
 
 from bounds import nats_to_bits
-from errors import UserError, needing
+from errors import UserError, needing, one_line
 from image_sets import IMAGE_SETS, result_notice
+from labels import labels_of
 from launchers import resolve_device, world
 from optimizers import linear_warmup
 from options import setting
@@ -70,6 +71,7 @@ def summary(H, ema_vae, n_train, n_heldout, missing=False):
     )
     # A fork's own `data` makes the input in its own way.
     mean, std, source = H.normalisation or (math.nan, math.nan, "of the data set's own code")
+    colours = "grey" if H.image_channels == 1 else "RGB"
     global_batch = H.n_batch * setting(H, "grad_accum") * world().size
     betas = f"betas {H.adam_beta1:g} {H.adam_beta2:g}"
     device = resolve_device(setting(H, "device"))
@@ -80,8 +82,9 @@ def summary(H, ema_vae, n_train, n_heldout, missing=False):
         "preset": H.hparam_sets,
         "network": f"{parameters:,} parameters, {len(ema_vae.decoder.dec_blocks)} stochastic "
         f"layers: {layers}",
+        **({"labels": _labels_report(H, ema_vae)} if labels_of(H) else {}),
         "data": (f"not here, run {IMAGE_SETS[H.dataset].setup}; published are " if missing else "")
-        + f"{H.dataset}, {H.image_size}x{H.image_size}, {n_train:,} to train on, "
+        + f"{H.dataset}, {H.image_size}x{H.image_size}, {colours}, {n_train:,} to train on, "
         f"{n_heldout:,} to {'test' if H.test_eval else 'validate'}",
         "input": f"(level - {mean:.5g}) / {std:.5g}, mean and std: {source}",
         "device": f"{device}, {setting(H, 'precision')}, {processes}",
@@ -94,6 +97,18 @@ def summary(H, ema_vae, n_train, n_heldout, missing=False):
         "files": os.path.abspath(H.save_dir),
     }
     return [f"{name:<10}{fact}" for name, fact in facts.items()]
+
+
+def _labels_report(H, ema_vae):
+    parameters = sum(t.numel() for t in ema_vae.decoder.label_xs)
+    names = one_line(", ".join((H.label_names or [])[:10])) + ", ..." * (H.n_labels > 10)
+    told = "given" if setting(H, "label") == "given" else "not given"
+    use = (
+        f"{told} in the evaluation"
+        if H.test_eval
+        else f"{setting(H, 'label_dropout'):.0%} dropped in training, {told} in evaluations"
+    )
+    return f"{H.n_labels} ({names}), {parameters:,} parameters of the network; {use}"
 
 
 def with_tensorboard(logprint, folder):

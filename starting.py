@@ -78,6 +78,20 @@ def starting_normalisation(H):
     return normalisation_of(path, (lambda: shapes_of(read_weights(path))) if counts else None)
 
 
+TABLES = "decoder.label_xs."  # what the names of a network's tables of labels begin with
+
+
+def same_labels(H, path, state):
+    """Whether the weights `state`, of the file `path`, know the labels of H, in their order.
+
+    Where nothing tells their names, those of as many labels are taken to be the same.
+    """
+    if len(state[f"{TABLES}0"]) != labels_of(H):
+        return False
+    _, old = state_beside(path) or (None, {})
+    return old.get("label_names") in (None, H.label_names)
+
+
 # What a record tells of images and labels, beside the options of a network.
 RECORDED = ("image_channels", "labels", "n_labels", "label_names")
 

@@ -2,7 +2,7 @@
 """Trains a very deep VAE, or evaluates one on its test set: `python train.py --hps PRESET`.
 
 The same file runs under mpiexec, torchrun and srun. Losses are in nats per dimension (a
-dimension: one of the three levels of a pixel); bits_per_dim is elbo / ln 2.
+dimension: one of a pixel's levels, three or of grey images one); bits_per_dim is elbo / ln 2.
 """
 
 import interrupts  # noqa: F401  the first: a Ctrl-C while the others are imported is one line
@@ -25,6 +25,7 @@ from errors import MissingFiles, UserError, remedy_of
 from files import replace
 from fused import forward_precision
 from image_sets import IMAGE_SETS, result_notice
+from labels import given, label_names, labels_in, labels_of
 from launchers import world
 from logs import buffer_log, show_log
 from noise import (
@@ -75,12 +76,12 @@ OWN_SAMPLER = "noise was not drawn image by image: the figures depend on the bat
 
 
 def training_step(H, data_input, target, vae, ema_vae, optimizer, iterate, labels=None):
-    """One step on a batch of input and target (N, R, R, 3), in --grad_accum parts.
+    """One step on a batch of input and target (N, R, R, c), in --grad_accum parts.
 
     The update is skipped, on all ranks alike, if any saw a NaN or if the gradient norm, before
     clipping, is not below H.skip_threshold. With --kl_warmup_iters the rate's weight in the loss
-    grows to 1; `iterate`, from 0, is the step by which it goes. labels (N,) are a VAE's that
-    has some.
+    grows to 1; `iterate`, from 0, is the step by which it goes. labels (N,) are those that the
+    step may see, -1 for none.
 
     Returns:
         floats: elbo, distortion, rate (batch means over all ranks), rate_nans, distortion_nans
@@ -95,7 +96,7 @@ _own_step = training_step  # whose halves the loop calls, unless a program has r
 
 @torch.no_grad()
 def eval_step(data_input, target, ema_vae):
-    """Floats elbo, distortion and rate: means over a batch (N, R, R, 3) and the ranks."""
+    """Floats elbo, distortion and rate: means over a batch (N, R, R, c) and the ranks."""
     return get_cpu_stats_over_ranks(ema_vae(data_input, target))
 
 
@@ -107,18 +108,21 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
     """Scores every image of a data set once, whatever the batch size and number of processes.
 
     An image's noise is a function of H.seed and its index, so the figures are the same for any
-    n_batch and any number of processes, to rounding.
+    n_batch and any number of processes, to rounding. A network that knows labels is told the
+    images', or with H.label "none" not.
 
     Returns:
         n_batches, n_images; elbo, distortion and rate, means over images in nats per dimension;
         filtered_elbo, over the images where it is finite; bits_per_dim; rate_per_layer, a
         bounds.LayerRates; with H.iw_samples also iw_elbo, the importance-weighted bound, and
-        iw_bits_per_dim; and a notice where the figures must not be compared with others.
+        iw_bits_per_dim; of a network that knows labels whether they were given; and a notice where
+        the figures must not be compared with others.
 
     Raises:
         Stopped: if a signal asked for it.
     """
     seed, iw_samples = setting(H, "seed"), setting(H, "iw_samples")
+    told = setting(H, "label") == "given"
     mine = Subset(data_valid, range(world().rank, len(data_valid), world().size))
     loader = make_loader(H, mine, batch_size=H.n_batch)
     sums = dict.fromkeys(
@@ -136,12 +140,13 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         first = int(sums["n_images"])
         indices = mine.indices[first : first + len(batch[0])]
         x, target = preprocess_fn(batch)
+        labels = labels_in(batch, H) if told else None  # (N,)
         with (
             forward_precision(setting(H, "precision"), x.device),
             noise_of_images(image_generators(indices, seed, EVALUATION)) as noise,
         ):
             channels = []  # of each layer, (N, Z)
-            distortion, rates = distortion_and_rates(ema_vae, x, target, channels)
+            distortion, rates = distortion_and_rates(ema_vae, x, target, channels, labels)
         distortion, rates = distortion.double().cpu(), rates.double().cpu()  # (N,), (layers, N)
         rate = rates.sum(dim=0)  # (N,)
         elbo = distortion + rate  # (N,)
@@ -152,7 +157,7 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
                 return image_generators(indices, seed, *((IMPORTANCE, k) if k else (EVALUATION,)))
 
             with forward_precision(setting(H, "precision"), x.device):
-                bound = importance_weighted_elbo(ema_vae, x, target, iw_samples, generators)  # (N,)
+                bound = importance_weighted_elbo(ema_vae, x, target, iw_samples, generators, labels)
             sums["iw_elbo"] += bound.sum().item()
         sums["n_images"] += len(elbo)
         sums["n_batches"] += 1
@@ -179,6 +184,7 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         **{name: sums[name] / n_images for name in ("elbo", "distortion", "rate")},
         "bits_per_dim": nats_to_bits(sums["elbo"] / n_images),
         "rate_per_layer": LayerRates(rate_per_layer / n_images, kl_per_channel / n_images, widths),
+        **({"labels": "given" if told else "none"} if labels_of(H) else {}),
         **result_notice(H.dataset, OWN_SAMPLER if sums["foreign_noise"] else None),
     }
     if iw_samples:
@@ -205,30 +211,31 @@ def get_sample_for_visualization(data, preprocess_fn, num, dataset):
 
 
 @torch.no_grad()
-def write_images(H, ema_vae, viz_batch_original, viz_batch_processed, fname, logprint):
-    """Writes a labelled grid, a column per image (uint8 (N, R, R, 3), and as input), rows of:
+def write_images(H, ema_vae, viz_batch_original, viz_batch_processed, fname, logprint, labels=None):
+    """Writes a labelled grid, a column per image (uint8 (N, R, R, c), and as input), rows of:
 
     the originals; num_variables_visualize rows decoded from the first k latents, k evenly spaced
     over the layers, the rest sampled at t = 0.1; num_temperatures_visualize rows of samples at
-    t = 1.0, 0.9, 0.8, 0.7. It is a PNG.
+    t = 1.0, 0.9, 0.8, 0.7. labels (N,) are those of the images, by which all is decoded, and head
+    their columns. It is a PNG.
     """
-    n = len(viz_batch_original)
-    latents = [s["z"] for s in ema_vae.forward_get_latents(viz_batch_processed)]
-    rows = [("originals", np.asarray(viz_batch_original))]  # (label, uint8 (N, R, R, 3))
+    n, told = len(viz_batch_original), given(labels)
+    latents = [s["z"] for s in ema_vae.forward_get_latents(viz_batch_processed, **told)]
+    rows = [("originals", np.asarray(viz_batch_original))]  # (its words, uint8 (N, R, R, c))
     for row in range(1, H.num_variables_visualize + 1):
         k = row * len(latents) // (H.num_variables_visualize + 1)
-        images = ema_vae.forward_samples_set_latents(n, latents[:k], t=0.1)
+        images = ema_vae.forward_samples_set_latents(n, latents[:k], t=0.1, **told)
         rows.append((f"{k} of {len(latents)} layers", images))
     for t in (1.0, 0.9, 0.8, 0.7)[: H.num_temperatures_visualize]:
-        rows.append((f"samples t = {t}", ema_vae.forward_uncond_samples(n, t=t)))
+        rows.append((f"samples t = {t}", ema_vae.forward_uncond_samples(n, t=t, **told)))
     logprint(f"writing pictures to {fname}")
     title = f"{H.desc or ''} {os.path.splitext(os.path.basename(fname))[0]}".strip()
-    labels, images = zip(*rows, strict=True)
-    picture = labelled_grid(images, labels, title=title)
+    words, images = zip(*rows, strict=True)
+    picture = labelled_grid(images, words, label_names(H, labels), title)
     replace(fname, lambda partial: picture.save(partial, "PNG"), durable=True)
 
 
-def draw(H, ema_vae, viz, step, logprint):
+def draw(H, ema_vae, viz, labels, step, logprint):
     """write_images to samples-STEP.png, on rank 0; a failure costs the picture, not the run."""
     if world().rank != 0:
         return
@@ -236,7 +243,7 @@ def draw(H, ema_vae, viz, step, logprint):
     fname = os.path.join(H.save_dir, f"samples-{step}.png")
     try:
         with forward_precision(setting(H, "precision"), viz[1].device):
-            write_images(H, ema_vae, *viz, fname, logprint)
+            write_images(H, ema_vae, *viz, fname, logprint, **given(labels))
     except OSError as error:
         logprint(f"WARNING: no pictures at step {step} ({error})")
 
@@ -315,6 +322,7 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
         f"parts x {batches.size} processes)"
     )
     viz = get_sample_for_visualization(data_valid, preprocess_fn, H.num_images_visualize, H.dataset)
+    drawn = ema_vae, viz, labels_in(next(iter(DataLoader(data_valid, len(viz[0])))), H)
     begin_training(H)
     if starting_epoch >= H.num_epochs:
         logprint(f"nothing left to do: --num_epochs {H.num_epochs} are done, at step {at.step}")
@@ -334,12 +342,13 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
             heartbeat(step)
             torch.manual_seed(noise_seed(seed, TRAINING, world().rank, step))
             data_input, target = preprocess_fn(batch)
+            labels = labels_in(batch, H)
             lr = scheduler.get_last_lr()[0]
             if training_step is _own_step:
-                means, batch = (get_cpu_stats_over_ranks, update_ema), (data_input, target, None)
+                means, batch = (get_cpu_stats_over_ranks, update_ema), (data_input, target, labels)
                 unread.add(steps.launch(*batch, step, *means))
             else:
-                unread.add(training_step(H, data_input, target, *models, step))
+                unread.add(training_step(H, data_input, target, *models, step, **given(labels)))
             scheduler.step()
             early = step + 1 - at.first_step in EARLY_STEPS
             due = early or not left or not all((step + 1) % every for every in intervals)
@@ -360,7 +369,7 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
                 average = accumulate_stats(list(at.stats), H.iters_per_print)
                 log_training(H, average, at, lr, global_batch, logprint)
             if at.step % H.iters_per_images == 0 or (early and H.dataset != "ffhq_1024"):
-                draw(H, ema_vae, viz, at.step, logprint)
+                draw(H, *drawn, at.step, logprint)
             if at.step % H.iters_per_ckpt == 0:
                 save(H, f"iter-{at.step}", at, models, logprint)
             if at.step % H.iters_per_save == 0 and math.isfinite(stats["elbo"]):
@@ -388,7 +397,7 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
     at.epoch += 1
     if at.epoch < H.num_epochs:
         logprint(f"the run ends at step {at.step}: --patience {patience}: {best_report(at)}")
-    draw(H, ema_vae, viz, at.step, logprint)
+    draw(H, *drawn, at.step, logprint)
     save(H, "latest", at, models, logprint, last=True)
 
 

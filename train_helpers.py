@@ -25,7 +25,7 @@ from processes import describe_processes, join_processes
 from resources import try_compiler
 from resuming import read_log
 from run_folder import make_run_folder, name_save_dirs
-from starting import starting_paths
+from starting import TABLES, fetched, same_labels, starting_paths
 from turns import each_host_first
 from utils import local_mpi_rank, logger, maybe_download, mpi_rank, mpi_size
 from vae import VAE
@@ -164,7 +164,10 @@ def load_vaes(H, logprint):
             if weights == ema_weights
             else f"restoring weights from {weights}"
         )
-        restore_params(vae, weights, H.local_rank, H.mpi_size, map_cpu=True)
+        if setting(H, "init_from"):
+            start_from(vae, weights, logprint)
+        else:
+            restore_params(vae, weights, H.local_rank, H.mpi_size, map_cpu=True)
     ema_vae.load_state_dict(vae.state_dict())
     if ema_weights and ema_weights != weights:
         logprint(f"restoring EMA weights from {ema_weights}")
@@ -188,6 +191,25 @@ def load_vaes(H, logprint):
     return DistributedDataParallel(
         vae, device_ids=device_ids, gradient_as_bucket_view=True
     ), ema_vae
+
+
+def start_from(model, path, logprint):
+    """Loads weights into a VAE that starts a new training: labels of other networks are left out.
+
+    Raises:
+        UserError: as restore_params.
+    """
+    state, own = read_weights(fetched(path)), model.state_dict()
+    tables = [name for name in own if name.startswith(TABLES)]
+    foreign = [name for name in state if name.startswith(TABLES)]
+    if foreign and not same_labels(model.H, path, state):
+        logprint(f"the labels of {path} are others: their tables are left out")
+        state = {name: t for name, t in state.items() if name not in foreign}
+    for name in tables:
+        if name not in state:
+            state[name] = own[name]  # zeros
+    check_weights(model, state, path)
+    model.load_state_dict(state)
 
 
 def restore_params(model, path, local_rank, mpi_size, map_ddp=True, map_cpu=False):
