@@ -8,7 +8,7 @@ import torch
 
 # The purposes of random numbers: each is a seed of its own, a function of the run's seed.
 TRAINING, EVALUATION, PICTURES, IMPORTANCE, MIRRORING, DROPPING = range(6)
-SAMPLING, ENCODING, DECODING = range(10, 13)
+SAMPLING, ENCODING, DECODING, LABELLING = range(10, 14)
 
 
 def noise_seed(*key):

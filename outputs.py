@@ -19,6 +19,8 @@ from tqdm import tqdm
 
 from errors import UserError, one_line, remedy_of
 from files import replace, sha256
+from image_sets import channels_of
+from pictures import picture_of
 
 GRID_LIMIT = 1024  # images of a grid; a larger one is nothing to look at
 
@@ -105,15 +107,17 @@ def check_settings(path, args):
 
 
 class NpzFile:
-    """An .npz of arr_0, uint8 (n, S, S, 3), as FID tools read it, made from NAME.npz.part.
+    """An .npz of arr_0, uint8 (n, S, S, c), as FID tools read it, made from NAME.npz.part.
+
+    With labels also of arr_1, int64 (n,).
 
     The .part holds nothing but pixels: its length tells how many images are done.
     """
 
     remedy = "; the same command then goes on"
 
-    def __init__(self, args, size):
-        self.out, self.shape = Path(args.out), (size, size, 3)
+    def __init__(self, args, shape, labels):
+        self.out, self.shape, self.labels = Path(args.out), shape, labels
         self.part, self.settings = (
             self.out.with_name(f"{self.out.name}.part{suffix}") for suffix in ("", ".json")
         )
@@ -162,6 +166,9 @@ class NpzFile:
                     np.lib.format.write_array_header_1_0(npy, header)
                     with open(self.part, "rb") as pixels:
                         shutil.copyfileobj(pixels, npy, 1 << 20)
+                if self.labels is not None:
+                    with archive.open("arr_1.npy", "w") as npy:
+                        np.lib.format.write_array(npy, np.asarray(self.labels(range(n))))
 
         os.truncate(self.part, n * math.prod(self.shape))  # an earlier run may have made more
         replace(self.out, write)
@@ -174,7 +181,7 @@ class Folder:
 
     remedy = "; the same command then goes on"
 
-    def __init__(self, args, size):
+    def __init__(self, args):
         self.folder = Path(args.out)
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = self.folder / "settings.json"
@@ -204,7 +211,7 @@ class Folder:
 
     def write(self, images):
         for image in images:
-            replace(self.path(self.done), lambda p, i=image: Image.fromarray(i).save(p, "PNG"))
+            replace(self.path(self.done), lambda p, i=image: picture_of(i).save(p, "PNG"))
             self.done += 1
 
     def finish(self, n):
@@ -228,13 +235,14 @@ class Grid:
         replace(self.out, lambda path: picture.save(path, "PNG"))
 
 
-def write_images(args, model, n, make, draw):
+def write_images(args, model, n, make, draw, labels=None):
     """Makes images 0 to n - 1 and writes them to args.out, a batch at a time.
 
     Args:
         n: how many.
-        make: indices (a range) → their images, uint8 (len, S, S, 3).
+        make: indices (a range) → their images, uint8 (len, S, S, c).
         draw: all images → the labelled grid.
+        labels: indices → their labels, int64 (len,), which an .npz holds too.
 
     Raises:
         UserError: if args.out exists, is too large a grid or can't be written.
@@ -243,7 +251,9 @@ def write_images(args, model, n, make, draw):
     if kind is Grid and n > GRID_LIMIT:
         raise UserError(f"{n} images in one grid are too many: give --out a .npz or a folder")
     with writing(args, kind.remedy):
-        sink = kind(args, draw if kind is Grid else model.H.image_size)
+        size, channels = model.H.image_size, channels_of(model.H)
+        of_kind = {Grid: (draw,), NpzFile: ((size, size, channels), labels), Folder: ()}
+        sink = kind(args, *of_kind[kind])
         with tqdm(total=n, initial=min(sink.done, n), unit=" images", disable=None) as bar:
             for first in range(sink.done, n, args.n_batch):
                 indices = range(first, min(first + args.n_batch, n))

@@ -32,8 +32,13 @@ def _wrapped(text, font, width):
     return "\n".join(lines)
 
 
+def picture_of(image):
+    """A PIL image of uint8 (S, S, 3), mode RGB, or (S, S, 1), mode L."""
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
 def labelled_grid(rows, row_labels, column_labels=(), title=""):
-    """A PIL image of rows of images, each uint8 (n, S, S, 3), on white with their labels.
+    """A PIL image, RGB, of rows of images, each uint8 (n, S, S, c), on white with their labels.
 
     Small images are enlarged by a whole number, to be legible: in up to twelve columns to 128
     pixels at least, in more to 64. A row may be shorter than others. Labels are a line each, names
@@ -59,7 +64,7 @@ def labelled_grid(rows, row_labels, column_labels=(), title=""):
         y = top + row * (cell + gap)
         font.draw(draw, (left - gap, y + cell // 2), label, "rm")
         for column, image in enumerate(images):
-            enlarged = Image.fromarray(image).resize((cell, cell), Image.Resampling.NEAREST)
+            enlarged = picture_of(image).resize((cell, cell), Image.Resampling.NEAREST)
             canvas.paste(enlarged, (left + column * (cell + gap), y))
     return canvas
 

@@ -21,12 +21,25 @@ import torch
 from tqdm import tqdm
 
 import options
+from batches import of_channels
 from endings import run_command
 from errors import UserError, one_line, reason_of
 from file_kinds import not_regular
 from files import replace, sha256
 from hps import HPARAMS_REGISTRY
 from image_files import image_paths, read_images
+from image_sets import channels_of
+from label_choices import (
+    asked_labels,
+    default_count,
+    in_words,
+    known_labels,
+    labels_for,
+    names_for,
+    rows_of_labels,
+)
+from label_files import WORDS
+from labels import labels_of
 from options import OPTIONS, OneLineParser, complete
 from outputs import check_free, check_out, write_images, writing
 from pictures import labelled_grid
@@ -104,6 +117,15 @@ def add_keep_options(parser, temperature):
                         help="of the latents that are not kept: a number, or R:t,R:t")  # fmt: skip
 
 
+def add_label_options(parser, encodes=True):
+    """--label and --from_label of a network that knows labels: names, to the images in turn."""
+    parser.add_argument("--label", metavar="NAME[,NAME]", help="what is decoded under (none: "
+                        "without a label)")  # fmt: skip
+    if encodes:
+        parser.add_argument("--from_label", metavar="NAME[,NAME]", help="what images are encoded "
+                            "under (none: without a label)")  # fmt: skip
+
+
 def make_parser():
     parser = OneLineParser(prog="sample.py", description=__doc__.split("\n")[0])
     add_common_options(parser, in_command=False)
@@ -119,7 +141,9 @@ def make_parser():
         return sub
 
     sub = command("samples", samples, "images from the prior; a long run resumes where it stopped")
-    sub.add_argument("--n", type=options.count, default=16, help="images")
+    sub.add_argument("--n", type=options.count, help="images (none: 16; of several labels 8 each)")
+    sub.add_argument("--label", metavar="NAME[,NAME]", help="labels, to the images in turn; all; "
+                     "random: by the training set's frequencies; none (none: without)")  # fmt: skip
     sub.add_argument("--temperature", type=temperatures, default=1.0,
                      help="factor of the prior's standard deviations: a number, or R:t,R:t for "
                      "those at resolution R (others: 1)")  # fmt: skip
@@ -127,10 +151,12 @@ def make_parser():
     sub.add_argument("images", nargs="+", help="image files, or folders; the middle square, "
                      "resized")  # fmt: skip
     add_keep_options(sub, temperature=0.1)
+    add_label_options(sub)
     sub = command("interpolate", interpolate, "images between two, along a line of latents")
     sub.add_argument("images", nargs="+", metavar="IMAGE", help="two images; as in reconstruct")
     sub.add_argument("--steps", type=options.several, default=8, help="images, both ends included")
     add_keep_options(sub, temperature=0.1)
+    add_label_options(sub)
     sub = command("progressive", progressive, "how images form: more layers row by row")
     sub.add_argument("images", nargs="*", help="image files or folders (none: samples)")
     sub.add_argument("--n", dest="columns", metavar="N", type=options.count, default=8,
@@ -139,13 +165,16 @@ def make_parser():
                      "latents: a number, or R:t,R:t")  # fmt: skip
     sub.add_argument("--rest", type=options.nonnegative, default=0.1,
                      help="temperature of the layers that are yet to come")  # fmt: skip
+    add_label_options(sub)
     sub = command("encode", encode, "image files to an .npz of their latents")
     sub.add_argument("images", nargs="+", help="image files or folders; as in reconstruct")
     sub.add_argument("--gaussians", action="store_true",
                      help="also the means and log standard deviations of q and p")  # fmt: skip
+    add_label_options(sub)
     sub = command("decode", decode, "the .npz of encode back to images")
     sub.add_argument("latents", help=".npz of encode; layers that it lacks are sampled")
     add_keep_options(sub, temperature=0.1)
+    add_label_options(sub, encodes=False)
     return parser
 
 
@@ -183,16 +212,37 @@ def name_of(model, args):
     return model.H.hparam_sets + (", mean of the mixture" if args.mean else "")
 
 
+def labels_asked(args, model):
+    """What images are decoded and encoded under: two functions, as asked_labels."""
+    of_samples = args.command == "samples"
+    words = WORDS if of_samples else ("none",)
+    if args.command == "progressive" and not args.images and args.from_label:
+        raise UserError(f"--from_label {args.from_label}: samples are not encoded: leave it out")
+    decoded = asked_labels(model.H, args.label, "label", words, args.seed)
+    if of_samples or args.command == "decode" or args.command == "progressive" and not args.images:
+        return decoded, None
+    return decoded, asked_labels(model.H, args.from_label, "from_label", words, args.seed)
+
+
 def samples(args, model):
     t = temperature_of_layers(model, args.temperature)
+    asked, _ = labels_asked(args, model)
+    args.n = args.n or default_count(model.H, args.label)
+    if args.label is None and labels_of(model.H):
+        names = ", ".join(known_labels(model.H)[:20])
+        print(one_line(f"without labels; --label takes names of {names}, all or random"))
 
     def make(indices):
-        return draw_samples(model, indices, t, **how(args))
+        return draw_samples(model, indices, t, **how(args), labels=labels_for(asked, indices))
 
     def draw(images):
+        title = f"{name_of(model, args)}: samples, {words_of(args.temperature)}, seed {args.seed}"
+        if rows := rows_of_labels(model.H, args.label, args.n):
+            names, slices = zip(*rows, strict=True)
+            return labelled_grid([images[row] for row in slices], names, title=title)
+        title += in_words(model.H, args.label)
         columns = min(args.n, max(8, math.ceil(math.sqrt(args.n))))
         starts = range(0, args.n, columns)
-        title = f"{name_of(model, args)}: samples, {words_of(args.temperature)}, seed {args.seed}"
         return labelled_grid(
             [images[i : i + columns] for i in starts],
             [f"{i}" for i in starts],
@@ -200,13 +250,14 @@ def samples(args, model):
             title,
         )
 
-    write_images(args, model, args.n, make, draw)
+    write_images(args, model, args.n, make, draw, asked)
 
 
 def originals_of(args, model):
-    """The images that the command line names, uint8 (n, S, S, 3)."""
+    """The images that the command line names, uint8 (n, S, S, c)."""
     background = args.background or options.setting(model.H, "background")
-    return read_images(args.images, model.H.image_size, background)
+    images = read_images(args.images, model.H.image_size, background)
+    return np.asarray(of_channels(images, channels_of(model.H)))
 
 
 def kept_of(args, model):
@@ -222,11 +273,13 @@ def kept(model, k, temperature):
 
 def reconstruct(args, model):
     k, t = kept_of(args, model)
+    to, of = labels_asked(args, model)
     originals = originals_of(args, model)
 
     def make(indices):
-        images = originals[indices.start : indices.stop]
-        return reconstructed(model, images, indices, k, t, **how(args))
+        images, labels = originals[indices.start : indices.stop], labels_for(to, indices)
+        more = {"labels": labels, "from_labels": labels_for(of, indices)}
+        return reconstructed(model, images, indices, k, t, **how(args), **more)
 
     def draw(images):
         rows, labels = [], []
@@ -235,7 +288,11 @@ def reconstruct(args, model):
             labels += ["original", "reconstruction"]
         names = [Path(path).stem for path in args.images] if len(images) <= 12 else ()
         return labelled_grid(
-            rows, labels, names, f"{name_of(model, args)}: {kept(model, k, args.temperature)}"
+            rows,
+            labels,
+            names,
+            f"{name_of(model, args)}: {kept(model, k, args.temperature)}"
+            f"{in_words(model.H, args.label)}",
         )
 
     write_images(args, model, len(originals), make, draw)
@@ -243,13 +300,14 @@ def reconstruct(args, model):
 
 def interpolate(args, model):
     k, t = kept_of(args, model)
+    to, of = labels_asked(args, model)
     originals = originals_of(args, model)
-    ends = latents_of_two(model, originals, args.seed)
+    ends = latents_of_two(model, originals, args.seed, labels_for(of, range(2)))
     weights = torch.linspace(0, 1, args.steps, device=model.H.device)
 
     def make(indices):
         w = weights[indices.start : indices.stop]
-        return images_between(model, ends, w, k, t, **how(args))
+        return images_between(model, ends, w, k, t, **how(args), labels=labels_for(to, indices))
 
     def draw(images):
         a, b = (Path(path).stem for path in args.images)
@@ -265,13 +323,17 @@ def progressive(args, model):
     bases, ends = resolutions_of(model), steps_of_forming(model)
     labels = [f"to {bases[k - 1]}x{bases[k - 1]}: {k} of {len(bases)} layers" for k in ends]
     t, n = temperature_of_layers(model, args.temperature), len(args.images) or args.columns
+    to, of = labels_asked(args, model)
     originals = originals_of(args, model) if args.images else None
 
     @functools.cache
     def encoded():
         """The z of all images, (n, Z, R, R) by block: a row has the first of them."""
         batches = [range(i, min(i + args.n_batch, n)) for i in range(0, n, args.n_batch)]
-        stats = [latents_of(model, originals[b.start : b.stop], b, args.seed) for b in batches]
+        stats = [
+            latents_of(model, originals[b.start : b.stop], b, args.seed, labels=labels_for(of, b))
+            for b in batches
+        ]
         return [torch.cat([s["z"] for s in block]) for block in zip(*stats, strict=True)]
 
     def make(indices):
@@ -281,7 +343,8 @@ def progressive(args, model):
             k = ends[row]
             columns = range(max(indices.start - row * n, 0), min(indices.stop - row * n, n))
             latents = args.images and [z[columns.start : columns.stop] for z in encoded()[:k]]
-            part = forming(model, k, columns, t, args.rest, latents or None, **how(args))
+            part = forming(model, k, columns, t, args.rest, latents or None, **how(args),
+                           labels=labels_for(to, columns))  # fmt: skip
             parts.append(part)
         return np.concatenate(parts)
 
@@ -301,18 +364,25 @@ def progressive(args, model):
 def encode(args, model):
     with writing(args):
         check_free(args)
+    to, of = labels_asked(args, model)
     originals = originals_of(args, model)
     arrays = {}
     for first in tqdm(range(0, len(originals), args.n_batch), unit=" batches", disable=None):
         images = originals[first : first + args.n_batch]
         indices = range(first, first + len(images))
-        for i, stats in enumerate(latents_of(model, images, indices, args.seed, args.gaussians)):
+        labels = labels_for(of, indices)
+        of_layers = latents_of(model, images, indices, args.seed, args.gaussians, labels)
+        for i, stats in enumerate(of_layers):
             kl = stats.pop("kl").sum(dim=(1, 2, 3)) / images[0].size  # (n,)
             for name, value in {**stats, "rate": kl}.items():
                 arrays.setdefault(f"{name}{i:03}", []).append(value.cpu().numpy())
     arrays = {name: np.concatenate(parts) for name, parts in arrays.items()}
     with_names = arrays | {"images": np.array(args.images), "preset": model.H.hparam_sets}
     with_names["weights"] = sha256(args.restore_ema_path)
+    if labels_of(model.H):
+        everything = range(len(originals))
+        with_names["label"] = names_for(model.H, to, everything)
+        with_names["from_label"] = names_for(model.H, of, everything)
 
     def write(path):
         with open(path, "wb") as file:

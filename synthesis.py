@@ -10,6 +10,7 @@ import torch
 
 from batches import preprocess
 from errors import UserError
+from labels import given
 from noise import DECODING, ENCODING, SAMPLING, image_generators
 
 # ---- which layers, at which temperature ----------------------------------------------------
@@ -64,16 +65,11 @@ def steps_of_forming(model):
 # ---- images ↔ latents ----------------------------------------------------------------------
 
 
-def _labelled(labels):
-    """The keyword of labels where there are any: a fork's own network takes none."""
-    return {} if labels is None else {"labels": labels}
-
-
 def latents_of(model, images, indices, seed=0, get_gaussians=False, labels=None):
     """Per layer {z, kl, ...} of images, drawn from their posterior."""
     x, _ = preprocess(images, model.H)
     generators = image_generators(indices, seed, ENCODING)
-    return model.forward_get_latents(x, generators, get_gaussians, **_labelled(labels))
+    return model.forward_get_latents(x, generators, get_gaussians, **given(labels))
 
 
 def decode_latents(model, latents, indices, t=1.0, seed=0, mean=False, labels=None):
@@ -85,19 +81,24 @@ def decode_latents(model, latents, indices, t=1.0, seed=0, mean=False, labels=No
     """
     generators = image_generators(indices, seed, DECODING)
     return model.forward_samples_set_latents(
-        len(indices), latents, t, generators, mean, **_labelled(labels)
+        len(indices), latents, t, generators, mean, **given(labels)
     )
 
 
 def draw_samples(model, indices, t=1.0, seed=0, mean=False, labels=None):
     """Samples of the prior at temperature t: a number, or one per layer."""
     generators = image_generators(indices, seed, SAMPLING)
-    return model.forward_uncond_samples(len(indices), t, generators, mean, **_labelled(labels))
+    return model.forward_uncond_samples(len(indices), t, generators, mean, **given(labels))
 
 
-def reconstruct(model, images, indices, k, t=0.1, seed=0, mean=False, labels=None):
-    """What the latents of the first k layers keep of images; the rest is sampled at t."""
-    stats = latents_of(model, images, indices, seed, labels=labels)
+def reconstruct(
+    model, images, indices, k, t=0.1, seed=0, mean=False, labels=None, from_labels=None
+):
+    """What the latents of the first k layers keep of images; the rest is sampled at t.
+
+    from_labels: what the images are encoded under, as they are decoded under labels.
+    """
+    stats = latents_of(model, images, indices, seed, labels=from_labels)
     latents = [s["z"] for s in stats[:k]]
     return decode_latents(model, latents, indices, t, seed, mean, labels=labels)
 
