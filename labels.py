@@ -1,5 +1,7 @@
 """Labels in the network: a row of a learned table for each, added to the decoder's first state."""
 
+import inspect
+
 import numpy as np
 import torch
 
@@ -20,6 +22,20 @@ def labels_of(H):
 def given(labels):
     """The keyword of labels, where there are any: an overridden method takes the original's."""
     return {} if labels is None else {"labels": labels}
+
+
+def taking(function, labels, *places):
+    """[labels] where a function that a program may have put in place takes it behind `places`.
+
+    One with the original's arguments is called with those alone.
+    """
+    if labels is None:
+        return []
+    try:
+        inspect.signature(function).bind(*places, labels)
+    except TypeError:
+        return []
+    return [labels]
 
 
 def labels_in(batch, H):

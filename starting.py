@@ -115,7 +115,7 @@ def take_network(H):
     state, old = state_beside(fetched(ema or weights)) or (None, {})
     if not {"enc_blocks", "dec_blocks", "image_channels"} <= old.keys():
         return False
-    if H.image_size and H.image_size != old.get("image_size"):
+    if H.image_size and old.get("image_size") not in (None, H.image_size):
         return False  # another model, as load_vaes then says
     names = [name for name, *_ in OPTIONS["network"] if name in old]
     taken = [name for name in [*names, *RECORDED] if name not in given]

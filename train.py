@@ -25,7 +25,7 @@ from errors import MissingFiles, UserError, remedy_of
 from files import replace
 from fused import forward_precision
 from image_sets import IMAGE_SETS, result_notice
-from labels import given, label_names, labels_in, labels_of
+from labels import given, label_names, labels_in, labels_of, taking
 from launchers import world
 from logs import buffer_log, show_log
 from noise import (
@@ -243,7 +243,8 @@ def draw(H, ema_vae, viz, labels, step, logprint):
     fname = os.path.join(H.save_dir, f"samples-{step}.png")
     try:
         with forward_precision(setting(H, "precision"), viz[1].device):
-            write_images(H, ema_vae, *viz, fname, logprint, **given(labels))
+            published = (H, ema_vae, *viz, fname, logprint)
+            write_images(*published, *taking(write_images, labels, *published))
     except OSError as error:
         logprint(f"WARNING: no pictures at step {step} ({error})")
 
@@ -348,7 +349,8 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
                 means, batch = (get_cpu_stats_over_ranks, update_ema), (data_input, target, labels)
                 unread.add(steps.launch(*batch, step, *means))
             else:
-                unread.add(training_step(H, data_input, target, *models, step, **given(labels)))
+                published = (H, data_input, target, *models, step)
+                unread.add(training_step(*published, *taking(training_step, labels, *published)))
             scheduler.step()
             early = step + 1 - at.first_step in EARLY_STEPS
             due = early or not left or not all((step + 1) % every for every in intervals)

@@ -29,9 +29,10 @@ from endings import run_command
 from errors import UserError
 from fused import allow_tf32, forward_precision
 from hps import HPARAMS_REGISTRY
-from image_sets import IMAGE_SETS, target_bits
+from image_sets import target_bits
+from labels import given
 from launchers import resolve_device
-from likelihood import discretized_mix_logistic_loss
+from likelihood import discretized_mix_logistic_loss, n_parameters
 from optimizers import make_optimizer
 from options import OneLineParser
 from presets import get_hparams
@@ -104,9 +105,11 @@ def tasks_of(H, model, x, target, plain):
         allow_tf32(kind == "tf32")
         return forward_precision(kind, H.device)
 
+    labels = torch.arange(len(x), device=x.device) % H.n_labels if H.n_labels else None
+
     def forward():
         with precision():
-            return model(x, target)["elbo"]
+            return model(x, target, **given(labels))["elbo"]
 
     def train():
         model.zero_grad(set_to_none=True)
@@ -136,7 +139,8 @@ def tasks_of(H, model, x, target, plain):
         else:
             update_ema(own_vae, ema, H.ema_rate)
 
-    l = torch.randn(*x.shape[:3], 10 * H.num_mixtures, device=x.device, requires_grad=True)
+    n = n_parameters(x.shape[-1]) * H.num_mixtures
+    l = torch.randn(*x.shape[:3], n, device=x.device, requires_grad=True)
     mixture_loss = plain_mixture_loss if plain else discretized_mix_logistic_loss
 
     def loss():
@@ -158,12 +162,7 @@ def tasks_of(H, model, x, target, plain):
 def measure(args, preset, batch):
     """One row a task: both renditions' figures, and the ratios of their medians."""
     H = get_hparams(preset)
-    H.update(
-        image_size=IMAGE_SETS[H.dataset].image_size,
-        image_channels=3,
-        device=args.device,
-        precision=args.precision,
-    )
+    H.update(device=args.device, precision=args.precision)
     torch.manual_seed(0)
     own = VAE(H).to(args.device)
     plain = PlainVAE(own).to(args.device)
@@ -174,7 +173,7 @@ def measure(args, preset, batch):
         own.checkpoint_activations()
     if args.compile:
         own.compile_blocks()
-    shape = batch, H.image_size, H.image_size, 3
+    shape = batch, H.image_size, H.image_size, H.image_channels
     x = torch.randn(shape, device=args.device)
     target = torch.randint(0, 256, shape, device=args.device) / 127.5 - 1
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

@@ -22,20 +22,22 @@ from vae_helpers import draw_gaussian_diag_samples, gaussian_analytical_kl, log_
 def plain_mixture_loss(x, l, low_bit):
     """vae_helpers.discretized_mix_logistic_loss as autograd records it, tensor by tensor."""
     half_bin, log_half_levels = (1 / 31, math.log(15.5)) if low_bit else (1 / 255, math.log(127.5))
-    K = l.shape[-1] // 10
-    logits, rest = l[..., :K], l[..., K:].reshape(*l.shape[:-1], 3, 3 * K)
-    means, log_scales, c = rest.split(K, dim=-1)  # each (N, R, R, 3, K)
-    log_scales, c = log_scales.clamp(min=-7.0), c.tanh()
-    x = x.unsqueeze(-1)  # (N, R, R, 3, 1)
-    red, green = x[..., 0, :], x[..., 1, :]  # each (N, R, R, 1)
-    means = torch.stack(
-        (
-            means[..., 0, :],
-            means[..., 1, :] + c[..., 0, :] * red,
-            means[..., 2, :] + c[..., 1, :] * red + c[..., 2, :] * green,
-        ),
-        dim=-2,
-    )  # (N, R, R, 3, K)
+    channels = x.shape[-1]
+    K = l.shape[-1] // {1: 3, 3: 10}[channels]
+    logits, rest = l[..., :K], l[..., K:].reshape(*l.shape[:-1], channels, -1)
+    means, log_scales, c = rest[..., :K], rest[..., K : 2 * K], rest[..., 2 * K :].tanh()
+    log_scales = log_scales.clamp(min=-7.0)  # means, log_scales (N, R, R, channels, K)
+    x = x.unsqueeze(-1)  # (N, R, R, channels, 1)
+    if channels == 3:
+        red, green = x[..., 0, :], x[..., 1, :]  # each (N, R, R, 1)
+        means = torch.stack(
+            (
+                means[..., 0, :],
+                means[..., 1, :] + c[..., 0, :] * red,
+                means[..., 2, :] + c[..., 1, :] * red + c[..., 2, :] * green,
+            ),
+            dim=-2,
+        )
     inv_scale = torch.exp(-log_scales)
     upper = inv_scale * (x - means + half_bin)
     lower = inv_scale * (x - means - half_bin)
@@ -86,10 +88,15 @@ class PlainVAE(nn.Module):
             activations[x.shape[2]] = x
         return activations
 
-    def _decode(self, n, activations=None):
+    def _decode(self, n, activations=None, labels=None):
         """px_z (N, H.width, R, R) and a kl (N, Z, R, R) per block: none without activations."""
         decoder, kls = self.vae.decoder, []
         xs = {t.shape[2]: t.expand(n, -1, -1, -1) for t in decoder.bias_xs}
+        for table in getattr(decoder, "label_xs", ()):
+            known = torch.full((n,), -1) if labels is None else labels
+            known = known.to(table.device)
+            rows = F.embedding(known.clamp(min=0), table.flatten(1)).view(n, *table.shape[1:])
+            xs[table.shape[2]] = xs[table.shape[2]] + rows * (known >= 0).view(-1, 1, 1, 1)
         for block in decoder.dec_blocks:
             res, width = block.base, block.widths[block.base]
             x = xs[res] if res in xs else decoder.gain.new_zeros(n, width, res, res)
@@ -112,8 +119,8 @@ class PlainVAE(nn.Module):
     def _mixture(self, px_z):
         return _conv(self.vae.decoder.out_net.out_conv, px_z).permute(0, 2, 3, 1)  # (N, R, R, 10K)
 
-    def forward(self, x, x_target):
-        px_z, kls = self._decode(len(x), self._encode(x))
+    def forward(self, x, x_target, labels=None):
+        px_z, kls = self._decode(len(x), self._encode(x), labels)
         low_bit = target_bits(self.vae.H.dataset) == 5
         distortion = plain_mixture_loss(x_target, self._mixture(px_z), low_bit)  # (N,)
         rate = sum(kl.sum(dim=(1, 2, 3)) for kl in kls) / x[0].numel()  # (N,)

@@ -11,7 +11,7 @@ from fakes import noise, run_H
 from runs import SMALL, Run, check_latest, figures, hashes
 from torch.utils.data import TensorDataset
 
-from batches import EpochBatches, Images, Mirrored, training_batches
+from batches import EpochBatches, Images, Varied, training_batches
 from data import set_up_data
 from noise import MIRRORING, chosen
 
@@ -24,7 +24,7 @@ def mirrored_of(seed, epochs, workers=0, rank=0, size=1, start=0):
     H.update(xflip=True, num_workers=workers)
     _, loader = training_batches(H, Images(array, indices))
     batches = EpochBatches(len(indices), 4, rank, size, seed)
-    loader = type(loader)(Mirrored(Images(array, indices), batches), batch_sampler=batches,
+    loader = type(loader)(Varied(Images(array, indices), batches, 0.5, 0), batch_sampler=batches,
                           num_workers=workers)  # fmt: skip
     found = {}
     for epoch in epochs:
@@ -67,7 +67,8 @@ def test_it_is_off_by_default_and_touches_training_alone(xflip):
     H.xflip = xflip
     H, train, valid, _ = set_up_data(H)
     batches, loader = training_batches(H, train)
-    [first] = next(iter(loader))
+    first, labels = next(iter(loader))
+    assert labels.dtype == torch.int64
     mine = torch.stack([train[i][0] for i in next(iter(batches))])
     assert torch.equal(first, mine) == (not xflip)
     assert isinstance(valid, Images) and isinstance(train, Images)
@@ -76,7 +77,7 @@ def test_it_is_off_by_default_and_touches_training_alone(xflip):
 def test_a_program_s_own_data_set():
     images = torch.from_numpy(noise(8, 4))
     batches = EpochBatches(8, 8, 0, 1, seed=0)
-    labelled = Mirrored(TensorDataset(images, torch.arange(8)), batches)
+    labelled = Varied(TensorDataset(images, torch.arange(8)), batches, 0.5, 0)
     turned = chosen(0.5, range(8), 0, MIRRORING, 0)
     for i, (image, label) in enumerate(labelled):
         assert label == i and torch.equal(image, images[i].flip(1) if turned[i] else images[i])
