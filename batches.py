@@ -255,6 +255,8 @@ def make_preprocess(dataset, device, mean=None, std=None):
 def of_channels(images, channels):
     """uint8 images (n, S, S), (n, S, S, 1) or (n, S, S, 3) as (n, S, S, channels), 1 or 3.
 
+    Of a tensor a tensor, of an array an array.
+
     Grey is repeated; of colours it is Pillow's L, (299 R + 587 G + 114 B) / 1000 in 16 bits.
     """
     if images.ndim == 3:
@@ -262,11 +264,13 @@ def of_channels(images, channels):
     if images.shape[-1] == channels:
         return images
     if channels == 3:
-        return images[..., [0, 0, 0]]
-    images = torch.as_tensor(images).int()
+        repeated = torch.as_tensor(images).expand(*images.shape[:3], 3).contiguous()
+        return repeated if torch.is_tensor(images) else repeated.numpy()
+    of_tensor, images = torch.is_tensor(images), torch.as_tensor(images).int()
     red, green, blue = images.unbind(-1)
     grey = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
-    return grey[..., None].to(torch.uint8)
+    grey = grey[..., None].to(torch.uint8)
+    return grey if of_tensor else grey.numpy()
 
 
 def preprocess(images, H):

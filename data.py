@@ -310,8 +310,10 @@ def set_up_data(H):
         UserError: for an unknown data set, or files that are missing or not what they should be.
     """
     H.image_size = image_size_of(H.dataset, setting(H, "image_size"))
+    asks = H.dataset == "images" or "image_channels" in (H.given_options or ())
+    asked = setting(H, "image_channels") if asks else None
+    H.image_channels = image_channels_of(H.dataset, asked)
     if not take_network(H):
-        H.image_channels = image_channels_of(H.dataset, setting(H, "image_channels"))
         H.label_names = set_labels(H.dataset, setting(H, "labels"))
         H.n_labels = len(H.label_names)
     H.normalisation = starting_normalisation(H) or published_normalisation(H.dataset)

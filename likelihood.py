@@ -32,7 +32,8 @@ def _mixture_parameters(l, nr_mix):
     """
     logits, rest = l[..., :nr_mix], l[..., nr_mix:]
     channels = 3 if l.shape[-1] == n_parameters(3) * nr_mix else 1
-    rest = rest.reshape(*l.shape[:-1], channels, -1)  # (..., 3, 3K) or (..., 1, 2K)
+    of_channel = rest.shape[-1] // channels  # 3K or 2K
+    rest = rest.reshape(*l.shape[:-1], channels, of_channel)
     means, log_scales, coefficients = rest.tensor_split((nr_mix, 2 * nr_mix), dim=-1)
     # e^-7 is about 1/9 of a bin of 8 bits: sharper is no likelier, and overflows.
     return logits, means, log_scales.clamp(min=-7.0), coefficients.tanh()

@@ -368,19 +368,20 @@ def hparams_of(preset, overrides, add_vae_arguments, parse_args_and_update_hpara
     """A preset's hyperparameters with every option, by the parser functions of `hps`.
 
     Returns:
-        Hyperparams, with image_size, image_channels, n_labels and label_names of its data set.
+        Hyperparams, with image_size, image_channels and, if it has any, n_labels and label_names
+        of its data set.
 
     Raises:
         UserError: for an unknown preset or override, or what image_size_of refuses.
     """
-    H, parser = Hyperparams(n_labels=None), OneLineParser()
+    H, parser = Hyperparams(), OneLineParser()
     add_vae_arguments(parser)
     taken = add_own_options(parser)
     parse_args_and_update_hparams(H, parser, ["--hps", preset])
     if taken:
         H.taken_options = taken
     for name in overrides:
-        if name not in H:
+        if name not in {*H, "n_labels", "label_names"}:
             near = difflib.get_close_matches(name, H, n=1)
             hint = f"did you mean {near[0]}?" if near else "train.py --help lists them"
             raise UserError(f"unknown hyperparameter {name!r}: {hint}")
@@ -390,7 +391,7 @@ def hparams_of(preset, overrides, add_vae_arguments, parse_args_and_update_hpara
     known = H.dataset in IMAGE_SETS
     asked = setting(H, "image_channels")
     H.image_channels = image_channels_of(H.dataset, asked) if known else asked or 3
-    if H.n_labels is None:
-        H.label_names = set_labels(H.dataset, setting(H, "labels")) if known else []
-        H.n_labels = len(H.label_names)
+    names = set_labels(H.dataset, setting(H, "labels")) if known and H.n_labels is None else []
+    if names:
+        H.update(n_labels=len(names), label_names=names)
     return H

@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from batches import Images, of_channels
 from decoding import rgb_of
@@ -87,8 +86,7 @@ class OfChannels:
         return len(self.array)
 
     def __getitem__(self, numbers):
-        images = of_channels(self.array[numbers], self.channels)  # (N, S, S, channels)
-        return images.numpy() if torch.is_tensor(images) else images
+        return of_channels(self.array[numbers], self.channels)  # (N, S, S, channels)
 
 
 # ---- statistics, split ---------------------------------------------------------------------

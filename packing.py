@@ -46,7 +46,7 @@ class Packing(NamedTuple):
     def fit(self, image, size):
         """A decoded image as uint8 (size, size, channels), as decoding.fit."""
         levels = fit(image, size)
-        return levels if self.channels == 3 else of_channels(levels[None], 1)[0].numpy()
+        return levels if self.channels == 3 else of_channels(levels[None], 1)[0]
 
     def name(self, size):
         """What the array and its manifest are called, in the cache's folder."""

@@ -257,7 +257,7 @@ def originals_of(args, model):
     """The images that the command line names, uint8 (n, S, S, c)."""
     background = args.background or options.setting(model.H, "background")
     images = read_images(args.images, model.H.image_size, background)
-    return np.asarray(of_channels(images, channels_of(model.H)))
+    return of_channels(images, channels_of(model.H))
 
 
 def kept_of(args, model):

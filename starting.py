@@ -6,6 +6,7 @@ import numpy as np
 import torch.distributed as dist
 
 from errors import UserError, one_line
+from image_sets import CHANNELS
 from labels import labels_of
 from launchers import world
 from options import OPTIONS, setting
@@ -92,6 +93,8 @@ def same_labels(H, path, state):
     return old.get("label_names") in (None, H.label_names)
 
 
+BOTH = ("images", "digits")  # data sets that come grey or in RGB
+
 # What a record tells of images and labels, beside the options of a network.
 RECORDED = ("image_channels", "labels", "n_labels", "label_names")
 
@@ -100,21 +103,33 @@ def take_network(H):
     """Gives H the network, channels and labels of the run whose weights it goes on with.
 
     A run's own network wins over a preset that has changed since; what the command line names wins
-    over both. A record from before there were labels means none.
+    over both. A record from before there were labels means none. Without a record, and for a new
+    training that starts from weights, their shapes tell channels, and labels of the former.
 
     Returns:
-        whether there is such a record.
+        whether H.n_labels and H.label_names are theirs.
 
     Raises:
-        UserError: for a damaged one.
+        UserError: for a damaged record; as read_weights.
     """
     weights, ema = starting_paths(H)
-    given = H.given_options  # None where a program has made H: it names everything
-    if setting(H, "init_from") or not (ema or weights) or given is None:
+    if not (ema or weights):
         return False
-    state, old = state_beside(fetched(ema or weights)) or (None, {})
-    if not {"enc_blocks", "dec_blocks", "image_channels"} <= old.keys():
-        return False
+    path, given, new = fetched(ema or weights), H.given_options or (), setting(H, "init_from")
+    state, old = state_beside(path) or (None, {})
+    recorded = {"enc_blocks", "dec_blocks", "image_channels"} <= old.keys()
+    if new or H.given_options is None or not recorded:  # a program names all that it wants
+        shapes = shapes_of(read_weights(path))
+        channels = shapes.get("encoder.in_conv.weight", (0, 0))[1]
+        if channels in CHANNELS and "image_channels" not in given and H.dataset in BOTH:
+            H.image_channels = channels
+        n_labels = shapes.get(f"{TABLES}0", (0,))[0]
+        if new or "labels" in given:
+            return False
+        H.n_labels = n_labels
+        if len(H.label_names or ()) != n_labels:
+            H.label_names = [str(i) for i in range(n_labels)]
+        return True
     if H.image_size and old.get("image_size") not in (None, H.image_size):
         return False  # another model, as load_vaes then says
     names = [name for name, *_ in OPTIONS["network"] if name in old]

@@ -120,7 +120,8 @@ def write_sample_folder(folder):
 
 def write_digits_run(folder):
     """A run's folder whose weights have the shapes of the preset digits, but not its blocks."""
-    H = get_hparams("digits", dec_blocks="1x2,4m1,4x4,8m4,8x3", dataset="images", image_size=8)
+    H = get_hparams("digits", dec_blocks="1x1,4m1,4x3,8m4,8x1", dataset="images", image_size=8,
+                    image_channels=1, n_labels=10)  # fmt: skip
     H.update(hparam_sets="digits", image_mean=70.0, image_std=90.0, save_dir=str(folder.parent))
     H.progress = {"step": 1}
     vae = VAE(H)

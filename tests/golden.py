@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from hps import Hyperparams
-from image_sets import target_bits
+from image_sets import channels_of, target_bits
 from noise import image_generators
 from vae import VAE
 
@@ -36,8 +36,9 @@ def weight(name, shape):
 
 
 def inputs(H, n, seed):
-    """Input and target, each (n, S, S, 3): random levels, two rows of 0 and two of 255."""
-    img = np.random.RandomState(seed).randint(0, 256, (n, H.image_size, H.image_size, 3))
+    """Input and target, each (n, S, S, c): random levels, two rows of 0 and two of 255."""
+    shape = n, H.image_size, H.image_size, channels_of(H)
+    img = np.random.RandomState(seed).randint(0, 256, shape)
     img[:, :2], img[:, -2:] = 0, 255
     levels = np.floor(img / 8) * 8 if target_bits(H.dataset) == 5 else img
     return tuple(

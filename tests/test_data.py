@@ -220,7 +220,9 @@ def test_the_sets_that_come_with_scikit_learn(dataset, sizes):
     assert (len(train), len(valid), len(test)) == sizes
     levels = images_of(train, range(len(train)))
     facts = IMAGE_SETS[dataset]
-    assert levels.dtype == np.uint8 and levels.shape[1:] == (facts.image_size,) * 2 + (3,)
+    assert levels.dtype == np.uint8 and levels.shape[1:] == (facts.image_size,) * 2 + (
+        facts.channels,
+    )
     assert np.isclose(levels.mean(), facts.mean, atol=5e-6)
     assert np.isclose(levels.std(), facts.std, atol=5e-6)
     taken = {image.tobytes() for image in levels}
@@ -238,10 +240,10 @@ def test_what_does_not_fit_is_refused():
 def test_preprocess_leaves_the_batch_alone():
     H = Hyperparams(dataset="digits", device="cpu")
     H, train_set, valid_set, preprocess_fn = set_up_data(H)
-    assert (H.image_size, H.image_channels) == (8, 3) and len(train_set) and len(valid_set)
+    assert (H.image_size, H.image_channels) == (8, 1) and len(train_set) and len(valid_set)
     batch = torch.utils.data.default_collate([train_set[0], train_set[1]])
     before = batch[0].clone()
     x, target = preprocess_fn(batch)
-    assert x.shape == target.shape == (2, 8, 8, 3) and x.dtype == target.dtype == torch.float32
+    assert x.shape == target.shape == (2, 8, 8, 1) and x.dtype == target.dtype == torch.float32
     assert batch[0].equal(before) and batch[0].dtype == torch.uint8
     assert target.min() >= -1 and target.max() <= 1

@@ -120,7 +120,7 @@ def test_dry_run_ends_after_the_summary(tmp_path):
     assert done.returncode == 0 and done.stderr == ""
     for fact in (
         "preset    digits", "parameters, 3 stochastic layers: 1 at 1x1, 1 at 4x4, 1 at 8x8",
-        "digits, 8x8, 1,397 to train on, 200 to validate", "cpu, fp32, 1 process",
+        "digits, 8x8, grey, 1,397 to train on, 200 to validate", "cpu, fp32, 1 process",
         "32 a process, 32 a step", "AdamW, lr 0.002 after 100 steps", "43 steps",
         "MiB a process", str(tmp_path / "saved_models" / "test"),
     ):  # fmt: skip
@@ -132,7 +132,7 @@ def test_dry_run_ends_after_the_summary(tmp_path):
 def test_memory_of_activations_is_what_a_forward_pass_leaves(checkpointing):
     """Counted without data, against the bytes alive after a real pass."""
     H = get_hparams("digits", checkpoint_activations=checkpointing)
-    vae, x = VAE(H), torch.zeros(4, 8, 8, 3)
+    vae, x = VAE(H), torch.zeros(4, 8, 8, 1)
     if checkpointing:
         vae.checkpoint_activations()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:

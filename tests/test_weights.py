@@ -179,7 +179,7 @@ def test_a_network_is_what_its_run_has_recorded(other_run, tmp_path):
     assert len(paths) == 4
     for path in paths:
         H = load_model(str(path)).H
-        assert (H.dec_blocks, H.dataset) == ("1x2,4m1,4x4,8m4,8x3", "images")
+        assert (H.dec_blocks, H.dataset) == ("1x1,4m1,4x3,8m4,8x1", "images")
         assert (H.image_size, H.image_mean, H.image_std) == (8, 70.0, 90.0)
         assert H.hparam_sets == "digits"
     assert load_model(str(paths[0]), "digits").H.dec_blocks == get_hparams("digits").dec_blocks
@@ -189,11 +189,15 @@ def test_a_network_is_what_its_run_has_recorded(other_run, tmp_path):
     assert load_model(str(alone)).H.dataset == "digits"
 
 
+def _own_digits():
+    return get_hparams("digits", dataset="images", image_size=8, image_channels=1, n_labels=10)
+
+
 def test_own_images_are_normalized_as_images_json_says(other_run):
     """Beside the weights it counts more than what the run has recorded, or the preset."""
     (other_run / "images.json").write_text('{"mean": 100.0, "std": 50.0}')
     images = np.full((1, 8, 8, 3), 125, np.uint8)
-    for hps in (None, get_hparams("digits", dataset="images", image_size=8)):
+    for hps in (None, _own_digits()):
         model = load_model(str(other_run / "latest-model-ema.th"), hps)
         assert preprocess(images, model.H)[0].unique().tolist() == [0.5]
     (other_run / "images.json").write_text('{"mean": 100.0}')
