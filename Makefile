@@ -1,5 +1,5 @@
-# `make demo`: trains on scikit-learn's digits, scores the test set, shows samples; a few minutes.
-# Made again, it goes on with what it has.
+# `make demo`: trains on scikit-learn's digits, scores the test set, draws digits by their labels; a
+# few minutes. Made again, it goes on with what it has.
 # SAVE is the folder of runs, FLAGS are further options of the training.
 # `make test`: lint and every test that is not marked slow.
 # `make clean`: removes .venv, none of the runs.
@@ -17,7 +17,7 @@ demo: python
 	$(PY) train.py --hps digits --desc digits --save_dir $(SAVE) --resume $(FLAGS)
 	$(PY) train.py --hps digits --desc digits --save_dir $(SAVE) --test_eval \
 		--restore_ema_path $(SAVE)/digits/latest-model-ema.th
-	@echo "samples: $$(ls -t $(SAVE)/digits/samples-*.png | head -1)"
+	@$(PY) demo.py $(SAVE)/digits
 
 test: python
 	@$(MAKE) --no-print-directory .venv/requirements-dev

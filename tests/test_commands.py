@@ -157,19 +157,27 @@ def test_benchmark_of_loading():
 
 
 def test_make_demo(tmp_path):
-    """The first command, for one epoch; its last line names the picture."""
+    """The first command, for one epoch; what it prints at its end works as it stands."""
     done = subprocess.run(
         ["make", "demo", f"SAVE={tmp_path}", "FLAGS=--num_epochs 1"],
         cwd=ROOT, env=environment(), capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
-    assert "type: test_loss" in lines[-2] and "n_images: 200" in lines[-2]
-    picture = imageio.imread(ROOT / lines[-1].removeprefix("samples: "))
-    # Eight columns of 128 pixels and ten rows: originals, six by latents, three of samples; words
-    # above and at the left.
-    height, width, _ = picture.shape
-    assert 0 < height - 10 * 132 < 40 and 80 < width - 8 * 132 < 200
+    [scored] = [line for line in lines if "type: test_loss" in line]
+    assert "n_images: 200" in scored and "labels: given" in scored
+    [drawn] = [line for line in lines if line.startswith("samples: ")]
+    # Sixteen columns of 64 pixels, ten rows of samples and two of test images; words above and at
+    # the left.
+    height, width, _ = imageio.imread(drawn.removeprefix("samples: ")).shape
+    assert 0 < height - 12 * 68 < 40 and 80 < width - 16 * 68 < 200
+    commands = lines[lines.index("what to try next, in this folder:") + 1 :]
+    assert len(commands) == 4 and commands[0].strip() == "source .venv/bin/activate"
+    for line in commands[1:]:
+        program, *argv = line.split()[1:]
+        done = subprocess.run([sys.executable, ROOT / program, *argv], cwd=tmp_path,
+                              env=environment(), capture_output=True, text=True)  # fmt: skip
+        assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")
