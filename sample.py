@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 import options
 from batches import of_channels
+from embeddings import layers_to_keep, resolutions_of
 from endings import run_command
 from errors import UserError, one_line, reason_of
 from file_kinds import not_regular
@@ -50,8 +51,6 @@ from synthesis import (
     forming,
     latents_of,
     latents_of_two,
-    layers_to_keep,
-    resolutions_of,
     steps_of_forming,
     temperature_of_layers,
 )
@@ -262,7 +261,7 @@ def originals_of(args, model):
 
 def kept_of(args, model):
     """(how many layers are kept, the temperature of each layer)."""
-    k = layers_to_keep(model, args.layers, args.resolution)
+    k = layers_to_keep(model, args.layers, args.resolution, "--")
     return k, temperature_of_layers(model, args.temperature)
 
 
