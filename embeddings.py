@@ -97,8 +97,7 @@ def mean_latents(vae, x, n_layers=None, given=(), get_gaussians=False, labels=No
     """
     decoder = vae.decoder
     _refuse_own_samplers(decoder)
-    labelled = () if labels is None else (labels,)
-    activations, xs, stats = vae.encoder(x), decoder._start(len(x), *labelled), []
+    activations, xs, stats = vae.encoder(x), decoder._start(len(x), labels), []
     activated = functools.cache(lambda r: gelu(activations[r]))  # (N, C, R, R)
     more = {"get_gaussians": True} if get_gaussians else {}  # an overridden block takes three
     with without_noise() as noise:

@@ -413,8 +413,7 @@ class VAE(HModule):
         stats = {"elbo": distortion + rate, "distortion": distortion, "rate": rate}
         return stats if per_image else {key: t.mean() for key, t in stats.items()}
 
-    # Functions of other rooms, whose docstrings tell their arguments.
-    importance_weighted_elbo = importance_weighted_elbo
+    importance_weighted_elbo = importance_weighted_elbo  # of a room of its own, as these two
     embed, unflatten = embed, unflatten
 
     def forward_get_latents(self, x, generators=None, get_gaussians=False, labels=None, mean=False):
@@ -426,8 +425,7 @@ class VAE(HModule):
         if mean:
             return mean_latents(self, x, get_gaussians=get_gaussians, labels=labels)
         with noise_of_images(generators):
-            gaussians = [True] * get_gaussians
-            return self.decoder(self.encoder(x), True, *gaussians, **given(labels))[1]
+            return self.decoder(self.encoder(x), True, *[True] * get_gaussians, **given(labels))[1]
 
     def forward_uncond_samples(
         self, n_batch, t=None, generators=None, mean=False, as_float=False, labels=None

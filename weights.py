@@ -1,5 +1,6 @@
 """Weights: from a .th file to the tensors of a known network."""
 
+import hashlib
 import os
 
 import torch
@@ -79,6 +80,19 @@ def check_weights(model, state, path, asked="asked for"):
                 f"{path} holds weights that are no numbers, or infinite ({name}): restore an "
                 f"earlier checkpoint"
             )
+
+
+def weights_hash(model):
+    """A sha256, in hex, over the names and the float32 values of a model's weights.
+
+    The same for the same weights in another kind of file, or of another precision that holds them.
+    """
+    digest = hashlib.sha256()
+    for name, t in sorted(model.state_dict().items()):
+        values = t.detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(t.shape)}\n".encode())
+        digest.update(values.numpy())
+    return digest.hexdigest()
 
 
 # What the shapes of the weights depend on, beside what the network is fed.
