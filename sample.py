@@ -23,6 +23,7 @@ from batches import of_channels
 from embeddings import layers_to_keep, resolutions_of
 from endings import run_command
 from errors import UserError, one_line
+from exports import write_model
 from hps import HPARAMS_REGISTRY
 from image_files import image_paths, read_images
 from image_sets import channels_of
@@ -94,7 +95,7 @@ def add_common_options(parser, in_command):
     group = parser.add_argument_group("output")
     add(group, "out", None, "NAME.png: labelled grid; NAME.npz: arr_0, uint8 (n, S, S, 3); other "
         "names: folder of PNGs (none: COMMAND.png; encode: latents.npz, embed: embeddings.npz, "
-        "score: scores.csv)",
+        "score: scores.csv, export: model.safetensors)",
         type=options.path)  # fmt: skip
     add(group, "force", False, "replace what is there", action="store_true")
     group = parser.add_argument_group("network", "with --hps, for weights that are no preset's")
@@ -185,6 +186,9 @@ def make_parser():
     sub.add_argument("--iw_samples", type=options.count,
                      help="also the importance-weighted bound of so many samples")  # fmt: skip
     add_label_options(sub, decodes=False)
+    sub = command("export", export, "the model as one file to share, with all that it needs")
+    sub.add_argument("--with_names", action="store_true",
+                     help="also the names of its own images' files")  # fmt: skip
     return parser
 
 
@@ -392,6 +396,10 @@ def embed(args, model):
 
 def score(args, model):
     write_scores(args, model, background_of(args, model), encoded_under(args, model))
+
+
+def export(args, model):
+    write_model(args, model)
 
 
 def decode(args, model):
