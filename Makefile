@@ -41,7 +41,7 @@ python:
 		fi; \
 	fi
 
-.venv/%: %.txt requirements.txt requirements-explore.txt
+.venv/%: %.txt requirements.txt $(wildcard requirements-explore.txt)
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet -r $<
 	touch $@

@@ -15,7 +15,7 @@ from errors import UserError, one_line, reason_of
 from file_kinds import what_file
 from files import read_json, replace
 from logs import print_line
-from torch_files import read_torch_file
+from safetensors_files import read_tensors
 
 SILENCE_S = 60  # seconds without a byte after which a server is given up
 
@@ -150,9 +150,9 @@ class _Reader:
 def _check_opens(path, name, partial):
     """Holds what was fetched against the kind of file that its name tells."""
     kind, _ = what_file(partial)
-    if name.endswith(".th"):
+    if name.endswith((".th", ".safetensors")):
         try:
-            read_torch_file(partial)
+            read_tensors(partial)
         except UserError as error:
             reason = str(error).replace(partial, "what it sends")
             raise UserError(f"{path}: {reason} (nothing is kept)") from None

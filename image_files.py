@@ -16,10 +16,11 @@ from logs import print_line
 # ---- pictures ------------------------------------------------------------------------------
 
 
-def read_image(path, size, background="white"):
-    """An image file's middle square as uint8 (size, size, 3), as own images are packed.
+def read_sized(path, size, background="white"):
+    """(an image file's middle square as uint8 (size, size, 3), the (width, height) of the file's).
 
-    A smaller image is enlarged (bicubic); transparency is laid on the background.
+    It is made as own images are packed. A smaller image is enlarged (bicubic); transparency is laid
+    on the background.
 
     Raises:
         UserError: for a file that can't be read as a picture of 8 or 16 bits a channel.
@@ -27,11 +28,37 @@ def read_image(path, size, background="white"):
     if kind := not_regular(path):
         raise UserError(f"{path} is {kind}: name an image file")
     try:
-        return fit(decode(Path(path).read_bytes(), background), size, enlarge=True)
+        image = decode(Path(path).read_bytes(), background)
+        return fit(image, size, enlarge=True), image.size
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}): name an image file") from None
     except ValueError as error:
         raise UserError(f"{path} {error}: name another image file") from None
+
+
+def read_image(path, size, background="white"):
+    """An image file's middle square as uint8 (size, size, 3), as read_sized."""
+    return read_sized(path, size, background)[0]
+
+
+def read_readable(paths, size, background="white"):
+    """What can be read of image files, and why the others can't.
+
+    Returns:
+        (images uint8 (m, size, size, 3), their numbers among the paths, their (width, height) in
+        the files, {number: reason} of the others, as read_sized).
+    """
+    images, numbers, sizes, reasons = [np.empty((0, size, size, 3), np.uint8)], [], [], {}
+    for i, path in enumerate(paths):
+        try:
+            image, of_file = read_sized(path, size, background)
+        except UserError as error:
+            reasons[i] = str(error)
+            continue
+        images.append(image[None])
+        numbers.append(i)
+        sizes.append(of_file)
+    return np.concatenate(images), numbers, sizes, reasons
 
 
 def read_images(paths, size, background="white"):

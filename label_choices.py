@@ -94,6 +94,24 @@ def names_for(H, asked, indices):
     return np.array([names[label] for label in asked(indices).tolist()])
 
 
+def recorded_labels(H, names):
+    """A function indices → int64 (n,) of the labels that a file tells of its images, "" for none.
+
+    None of a file that tells none.
+
+    Raises:
+        UserError: for a name that the network does not know.
+    """
+    if names is None or not any(names):
+        return None
+    known = {name: i for i, name in enumerate(known_labels(H))}
+    if unknown := next((name for name in names if name and name not in known), None):
+        raise UserError(f"the file tells of the label {unknown!r}, which this model does not know: "
+                        f"name one with --label")  # fmt: skip
+    numbers = torch.tensor([known.get(name, -1) for name in names])
+    return lambda indices: numbers[torch.as_tensor([*indices])]
+
+
 def in_words(H, text):
     """A few words on labels for a title; "" where none were asked for."""
     return "" if text in (None, "none") else one_line(f", label {text}")

@@ -36,11 +36,17 @@ def chosen(probability, indices, *key):
 
 
 class _OfImages:
-    """The generators of a batch's images; `draws` counts the tensors that came from them."""
+    """The generators of a batch's images; `draws` counts the tensors that came from them.
+
+    _NO_NOISE in place of generators makes zeros.
+    """
 
     def __init__(self, generators):
         self.generators = generators
         self.draws = 0
+
+
+_NO_NOISE = object()  # in place of generators
 
 
 class _Here(threading.local):
@@ -69,8 +75,18 @@ def noise_of_images(generators):
         _here.of_images = before
 
 
+@contextlib.contextmanager
+def without_noise():
+    """In the body, what fill_noise makes is 0: a sample is its mean. Nothing is drawn.
+
+    The context's value counts as that of noise_of_images.
+    """
+    with noise_of_images(_NO_NOISE) as mine:
+        yield mine
+
+
 def is_of_images():
-    """Whether noise comes from the images' own generators now."""
+    """Whether noise comes from the images' own generators now, or there is none."""
     return _here.of_images is not None
 
 
@@ -143,7 +159,7 @@ def fill_noise(shape, like, fill):
     """A contiguous tensor of the given shape, filled by fill(tensor, generator=...).
 
     The numbers come from the default generator of `like`'s device, or within noise_of_images from
-    the images' own; within drawn_before they are there already.
+    the images' own; within drawn_before they are there already, within without_noise they are 0.
 
     Raises:
         ValueError: within drawn_before, where another shape was drawn.
@@ -157,8 +173,10 @@ def fill_noise(shape, like, fill):
         if drawn.place > len(drawn.tensors) or drawn.tensors[drawn.place - 1].shape != shape:
             raise ValueError(f"no noise of shape {tuple(shape)} was drawn before this pass")
         return drawn.tensors[drawn.place - 1]
-    assert len(own.generators) == shape[0]
     own.draws += 1
+    if own.generators is _NO_NOISE:
+        return torch.zeros(shape, dtype=like.dtype, device=like.device)
+    assert len(own.generators) == shape[0]
     rows = torch.empty(shape, dtype=like.dtype)
     for row, generator in zip(rows, own.generators, strict=True):
         fill(row, generator=generator)

@@ -126,7 +126,7 @@ OPTIONS = {
             "go on from the run's newest checkpoint, or start if it has none",
         ),
         ("overwrite", bool, False, "start anew in the folder of a run, whose files are removed"),
-        ("init_from", path, None, "start a new training from weights: a .th file, a run's folder"),
+        ("init_from", path, None, "start a new training from weights: a file, or a run's folder"),
         ("restore_path", path, None, "weights: PREFIX-model.th"),
         ("restore_ema_path", path, None, "EMA weights: PREFIX-model-ema.th"),
         ("restore_log_path", path, None, "log that names the step and epoch: PREFIX-log.jsonl"),

@@ -21,24 +21,53 @@ from errors import UserError, one_line, remedy_of
 from files import replace, sha256
 from image_sets import channels_of
 from pictures import picture_of
+from weights import weights_hash
 
 GRID_LIMIT = 1024  # images of a grid; a larger one is nothing to look at
 
 
+# What commands write that makes no images: (words, the file without --out, its suffix).
+FILES = {
+    "encode": ("latents go", "latents.npz", ".npz"),
+    "embed": ("embeddings go", "embeddings.npz", ".npz"),
+    "score": ("scores go", "scores.csv", ".csv"),
+    "export": ("a model goes", "model.safetensors", ".safetensors"),
+}
+
+
 def check_out(args):
-    """Holds --out against what the command can write.
+    """Holds --out against what the command can write; sets it where it is not given.
 
     Raises:
-        UserError: for another kind of file, or latents that go to no .npz.
+        UserError: for another kind of file than the command's.
     """
+    args.out = args.out or FILES.get(args.command, ("", f"{args.command}.png"))[1]
     suffix = Path(args.out).suffix.lower()
-    if args.command == "encode" and suffix != ".npz":
-        raise UserError(f"--out {args.out}: latents go to an .npz file, name one")
+    if args.command in FILES:
+        what, _, wanted = FILES[args.command]
+        if suffix != wanted:
+            raise UserError(f"--out {args.out}: {what} to NAME{wanted}, name one")
+        return
     if suffix == ".npy" or suffix != ".png" and suffix in Image.registered_extensions():
         raise UserError(
             f"--out {args.out}: images go to NAME.png, NAME.npz or a folder, whose name must not "
             f"end in {suffix}"
         )
+
+
+def check_room(args, needed):
+    """Raises UserError where the disk of the output has less free than it needs.
+
+    needed: bytes, those of a .part included.
+    """
+    folder = Path(args.out).absolute().parent
+    with contextlib.suppress(OSError):  # a folder that is not there is told of by check_free
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise UserError(
+                f"--out {args.out} needs {needed:,} bytes, the parts that it is made of included, "
+                f"and its disk has {free:,} free: make room, or name an --out elsewhere"
+            )
 
 
 def check_free(args):
@@ -86,16 +115,21 @@ def read_settings(path):
     return settings
 
 
-def check_settings(path, args):
+def check_settings(path, args, weights):
     """Keeps what decides the images of unfinished output in a file, `path`.
+
+    weights: of weights.weights_hash; files of before have the sha256 of the weights' file.
 
     Raises:
         UserError: if the file is there and tells of other settings, naming the first.
     """
-    settings = {"weights": sha256(args.restore_ema_path)}
+    settings = {"weights": weights}
     settings |= {name: value for name, value in vars(args).items() if name not in NOT_SETTINGS}
     settings = json.loads(json.dumps(settings))  # as they are read back
     found = read_settings(path)
+    if found and found.get("weights") != weights:
+        if found.get("weights") == (of_file := sha256(args.restore_ema_path)):
+            settings["weights"] = of_file
     for key in {**settings, **found} if found is not None else ():
         if found.get(key) != settings.get(key):
             raise UserError(
@@ -107,17 +141,22 @@ def check_settings(path, args):
 
 
 class NpzFile:
-    """An .npz of arr_0, uint8 (n, S, S, c), as FID tools read it, made from NAME.npz.part.
+    """An .npz of one large array, a row an image, made from NAME.npz.part.
 
-    With labels also of arr_1, int64 (n,).
+    The .part holds nothing but rows: its length tells how many images are done.
 
-    The .part holds nothing but pixels: its length tells how many images are done.
+    Args:
+        shape, dtype: of a row. The default type and name of the array are those of pictures, uint8
+            (n, S, S, c), as FID tools read them.
+        labels: indices → the labels of pictures, int64 (len,), which become arr_1.
     """
 
     remedy = "; the same command then goes on"
 
-    def __init__(self, args, shape, labels):
+    def __init__(self, args, weights, shape, labels=None, dtype=np.uint8, name="arr_0"):
         self.out, self.shape, self.labels = Path(args.out), shape, labels
+        self.dtype, self.name = np.dtype(dtype), name
+        self.row = math.prod(shape) * self.dtype.itemsize  # bytes
         self.part, self.settings = (
             self.out.with_name(f"{self.out.name}.part{suffix}") for suffix in ("", ".json")
         )
@@ -130,9 +169,9 @@ class NpzFile:
                 f"{self.part} is there without {self.settings.name}, which tells what it is: name "
                 f"another --out, or add --force to replace it"
             )
-        check_settings(self.settings, args)
+        check_settings(self.settings, args, weights)
         # Whole batches only: what follows is then, bit for bit, what a run in one go makes.
-        whole = args.n_batch * math.prod(self.shape)
+        whole = args.n_batch * self.row
         new = not self.part.exists()
         self.file = open(self.part, "ab")
         try:
@@ -150,28 +189,49 @@ class NpzFile:
                 f"others off it: name an --out on a local disk, or a folder"
             ) from None
         self.file.truncate(self.file.tell() // whole * whole)
-        self.done = self.file.tell() // math.prod(self.shape)
+        self.done = self.file.tell() // self.row
 
-    def write(self, images):
-        self.file.write(images.tobytes())
+    def write(self, rows):
+        self.file.write(rows.tobytes())
         self.file.flush()
 
-    def finish(self, n):
+    def rows(self, n):
+        """The first n rows, read from the disk where they are looked at."""
+        return np.memmap(self.part, self.dtype, "r", shape=(n, *self.shape))
+
+    def finish(self, n, kept=None, **others):
+        """Makes the .npz of the first n rows, or of those whose numbers `kept` has.
+
+        others: further arrays, by name.
+        """
         self.file.close()
-        header = {"descr": "|u1", "fortran_order": False, "shape": (n, *self.shape)}
+        shape = (n if kept is None else len(kept), *self.shape)
+        descr = np.lib.format.dtype_to_descr(self.dtype)
+        header = {"descr": descr, "fortran_order": False, "shape": shape}
 
         def write(path):
             with zipfile.ZipFile(path, "w") as archive:
-                with archive.open("arr_0.npy", "w", force_zip64=True) as npy:
+                with archive.open(f"{self.name}.npy", "w", force_zip64=True) as npy:
                     np.lib.format.write_array_header_1_0(npy, header)
-                    with open(self.part, "rb") as pixels:
-                        shutil.copyfileobj(pixels, npy, 1 << 20)
+                    with open(self.part, "rb") as part:
+                        if kept is None:
+                            shutil.copyfileobj(part, npy, 1 << 20)
+                        for i in () if kept is None else kept:
+                            part.seek(int(i) * self.row)
+                            npy.write(part.read(self.row))
                 if self.labels is not None:
-                    with archive.open("arr_1.npy", "w") as npy:
-                        np.lib.format.write_array(npy, np.asarray(self.labels(range(n))))
+                    others["arr_1"] = self.labels(range(n))
+                for name, array in others.items():
+                    with archive.open(f"{name}.npy", "w", force_zip64=True) as npy:
+                        np.lib.format.write_array(npy, np.asarray(array), allow_pickle=False)
 
-        os.truncate(self.part, n * math.prod(self.shape))  # an earlier run may have made more
+        os.truncate(self.part, n * self.row)  # an earlier run may have made more
         replace(self.out, write)
+        self.remove()
+
+    def remove(self):
+        """Removes what the array was made from."""
+        self.file.close()
         self.part.unlink()
         self.settings.unlink()
 
@@ -181,7 +241,7 @@ class Folder:
 
     remedy = "; the same command then goes on"
 
-    def __init__(self, args):
+    def __init__(self, args, weights):
         self.folder = Path(args.out)
         self.folder.mkdir(parents=True, exist_ok=True)
         settings = self.folder / "settings.json"
@@ -193,7 +253,7 @@ class Folder:
         if args.force and ours:
             self.remove_from(0)
             settings.unlink()
-        check_settings(settings, args)
+        check_settings(settings, args, weights)
         self.done = 0
         while self.path(self.done).exists():
             self.done += 1
@@ -251,9 +311,12 @@ def write_images(args, model, n, make, draw, labels=None):
     if kind is Grid and n > GRID_LIMIT:
         raise UserError(f"{n} images in one grid are too many: give --out a .npz or a folder")
     with writing(args, kind.remedy):
-        size, channels = model.H.image_size, channels_of(model.H)
-        of_kind = {Grid: (draw,), NpzFile: ((size, size, channels), labels), Folder: ()}
-        sink = kind(args, *of_kind[kind])
+        if kind is Grid:
+            sink = Grid(args, draw)
+        else:
+            size, channels = model.H.image_size, channels_of(model.H)
+            of_kind = {NpzFile: ((size, size, channels), labels), Folder: ()}
+            sink = kind(args, weights_hash(model), *of_kind[kind])
         with tqdm(total=n, initial=min(sink.done, n), unit=" images", disable=None) as bar:
             for first in range(sink.done, n, args.n_batch):
                 indices = range(first, min(first + args.n_batch, n))

@@ -21,6 +21,7 @@ from label_files import labels_digest, labels_of_array, labels_of_files, numbers
 from launchers import world
 from options import DEFAULTS, setting
 from packing import Packing, cached, names_in_packing, packed_images, state_of
+from safetensors_files import metadata_of
 
 # ---- the images ----------------------------------------------------------------------------
 
@@ -135,15 +136,28 @@ def measure(array):
 FACTS = {"image_size", "n_images", "valid", "test", "mean", "std", "sha256"}
 
 
+def place_of_record(path):
+    """Where the record of a run's own images is: images.json beside `path`, or `path` itself.
+
+    A file that tells its network by itself has in it what is known of its images, too.
+    """
+    return Path(path) if metadata_of(path) is not None else Path(path).with_name("images.json")
+
+
 def read_record(path, keys):
-    """The images.json of a run beside `path`, or None where there is none.
+    """The record of own images that belongs to weights, or a log, `path`; None where there is none.
 
     Raises:
         UserError: if it is none, or lacks one of keys.
     """
-    path = Path(path).with_name("images.json")
-    remedy = "put a copy of it back, or choose another --desc: it holds the run's split"
-    record = read_json(path, remedy)
+    content, path = metadata_of(path), place_of_record(path)
+    if content is not None:
+        record, remedy = content.get("images"), "export its model anew"
+        if record is not None and not isinstance(record, dict):
+            raise UserError(f"{path} has no record of images in its metadata: {remedy}")
+    else:
+        remedy = "put a copy of it back, or choose another --desc: it holds the run's split"
+        record = read_json(path, remedy)
     if record and not keys <= record.keys():
         raise UserError(f"{path} lacks one of {', '.join(sorted(keys))}: {remedy}")
     return record
@@ -320,11 +334,7 @@ def load_images(H):
     logdir = None if setting(H, "overwrite") or H.occupied else H.logdir
     places = [p for path in (H.restore_ema_path, H.restore_path, H.init_from, logdir) if path
               for p in (path, os.path.realpath(path))]  # fmt: skip
-    known = [
-        (found, Path(p).with_name("images.json"))
-        for p in places
-        if (found := read_record(p, FACTS))
-    ]
+    known = [(found, place_of_record(p)) for p in places if (found := read_record(p, FACTS))]
     # The restored weights' comes first: it is what they were trained with.
     base, base_path = known[0] if known else (None, None)
     own_path = logdir and Path(logdir).with_name("images.json")
@@ -358,6 +368,15 @@ def load_images(H):
         record |= base if same else {key: base[key] for key in ("mean", "std")}
         if not (same or own or grows) and {*base.get("files", ())} <= {*facts.get("files", ())}:
             _warn_of_leak(base, base_path)
+    weights = H.restore_ema_path or H.restore_path
+    if H.test_eval and weights and not base and world().rank == 0:
+        print(
+            one_line(
+                f"nothing tells which images {weights} was trained on: the split is a new one, and "
+                f"what was trained on may be tested"
+            ),
+            flush=True,
+        )
     source = str(base_path) if base else f"measured on the training images of {H.data_root}"
     if H.normalisation:
         record["mean"], record["std"], source = H.normalisation

@@ -9,19 +9,27 @@ from typing import NamedTuple
 from errors import UserError, reason_of
 from image_sets import IMAGE_SETS
 from options import Hyperparams
-from own_images import read_record
+from own_images import place_of_record, read_record
 from presets import preset_of
+from safetensors_files import hparams_in, metadata_of
 
 
 def state_beside(path):
     """(PREFIX-state.json, the hyperparameters in it) of weights, or None where there is none.
 
     It stands beside PREFIX-model.th and PREFIX-model-ema.th, or beside the file that `path` is a
-    link to.
+    link to. A file of safetensors may tell them itself; it is its own state.json then.
 
     Raises:
         UserError: if it is damaged.
     """
+    try:
+        if (content := metadata_of(path)) is not None:
+            return Path(path), Hyperparams(hparams_in(content))
+    except UserError:
+        raise
+    except Exception as error:  # as below
+        raise no_network(path, path, error) from None
     for place in (Path(path), Path(os.path.realpath(path))):
         name, ours = re.subn(r"(^|-)model(-ema)?\.th$", r"\1state.json", place.name)
         state = place.with_name(name)
@@ -37,6 +45,10 @@ def state_beside(path):
 
 def no_network(state, path, error):
     """The UserError for a state.json that does not tell what it should of the weights `path`."""
+    if str(state) == str(path):
+        return UserError(
+            f"{path} has metadata that tell no network ({reason_of(error)}): export its model anew"
+        )
     return UserError(
         f"{state} does not tell the network of {path} ({reason_of(error)}): name its preset "
         f"(--hps) and the other options of the network it was trained with, or move "
@@ -77,8 +89,7 @@ def normalisation_of(path, shapes=None, named=False):
     """
     for place in dict.fromkeys((str(path), os.path.realpath(path))):
         if record := read_record(place, {"mean", "std"}):
-            source = os.path.join(os.path.dirname(place), "images.json")
-            return Normalisation(record["mean"], record["std"], source)
+            return Normalisation(record["mean"], record["std"], str(place_of_record(place)))
     try:
         state, H = state_beside(path) or (None, None)
     except UserError:

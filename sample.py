@@ -13,19 +13,17 @@ import interrupts  # noqa: F401  the first: a Ctrl-C while the others are import
 import argparse
 import functools
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 import options
 from batches import of_channels
+from embeddings import layers_to_keep, resolutions_of
 from endings import run_command
-from errors import UserError, one_line, reason_of
-from file_kinds import not_regular
-from files import replace, sha256
+from errors import UserError, one_line
+from exports import write_model
 from hps import HPARAMS_REGISTRY
 from image_files import image_paths, read_images
 from image_sets import channels_of
@@ -35,23 +33,23 @@ from label_choices import (
     in_words,
     known_labels,
     labels_for,
-    names_for,
+    recorded_labels,
     rows_of_labels,
 )
 from label_files import WORDS
 from labels import labels_of
+from latent_files import LatentFile, write_embeddings, write_latents
 from options import OPTIONS, OneLineParser, complete
-from outputs import check_free, check_out, write_images, writing
+from outputs import check_out, write_images
 from pictures import labelled_grid
 from presets import get_hparams
+from scores import write_scores
 from synthesis import (
     decode_latents,
     draw_samples,
     forming,
     latents_of,
     latents_of_two,
-    layers_to_keep,
-    resolutions_of,
     steps_of_forming,
     temperature_of_layers,
 )
@@ -96,7 +94,8 @@ def add_common_options(parser, in_command):
         action="store_true")  # fmt: skip
     group = parser.add_argument_group("output")
     add(group, "out", None, "NAME.png: labelled grid; NAME.npz: arr_0, uint8 (n, S, S, 3); other "
-        "names: folder of PNGs (none: COMMAND.png; encode: latents.npz)",
+        "names: folder of PNGs (none: COMMAND.png; encode: latents.npz, embed: embeddings.npz, "
+        "score: scores.csv, export: model.safetensors)",
         type=options.path)  # fmt: skip
     add(group, "force", False, "replace what is there", action="store_true")
     group = parser.add_argument_group("network", "with --hps, for weights that are no preset's")
@@ -105,22 +104,25 @@ def add_common_options(parser, in_command):
             group.add_argument(f"--{name}", type=kind, default=argparse.SUPPRESS, help=meaning)
 
 
-def add_keep_options(parser, temperature):
+def add_layer_options(parser, verb):
     keep = parser.add_mutually_exclusive_group()
-    keep.add_argument(
-        "--layers", type=options.count, help="keep the first LAYERS latents (none: all)"
-    )
-    keep.add_argument(
-        "--resolution", type=options.count, help="keep the latents up to this resolution"
-    )
+    keep.add_argument("--layers", type=options.count,
+                      help=f"{verb} the first LAYERS latents (none: all)")  # fmt: skip
+    keep.add_argument("--resolution", type=options.count,
+                      help=f"{verb} the latents up to this resolution")  # fmt: skip
+
+
+def add_keep_options(parser, temperature):
+    add_layer_options(parser, "keep")
     parser.add_argument("--temperature", type=temperatures, default=temperature,
                         help="of the latents that are not kept: a number, or R:t,R:t")  # fmt: skip
 
 
-def add_label_options(parser, encodes=True):
+def add_label_options(parser, encodes=True, decodes=True):
     """--label and --from_label of a network that knows labels: names, to the images in turn."""
-    parser.add_argument("--label", metavar="NAME[,NAME]", help="what is decoded under (none: "
-                        "without a label)")  # fmt: skip
+    if decodes:
+        parser.add_argument("--label", metavar="NAME[,NAME]", help="what is decoded under (none: "
+                            "without a label)")  # fmt: skip
     if encodes:
         parser.add_argument("--from_label", metavar="NAME[,NAME]", help="what images are encoded "
                             "under (none: without a label)")  # fmt: skip
@@ -171,10 +173,22 @@ def make_parser():
     sub.add_argument("--gaussians", action="store_true",
                      help="also the means and log standard deviations of q and p")  # fmt: skip
     add_label_options(sub)
-    sub = command("decode", decode, "the .npz of encode back to images")
-    sub.add_argument("latents", help=".npz of encode; layers that it lacks are sampled")
+    sub = command("embed", embed, "images as vectors: the posterior means, a row an image")
+    sub.add_argument("images", nargs="+", help="image files or folders; as in reconstruct")
+    add_layer_options(sub, "take")
+    add_label_options(sub, decodes=False)
+    sub = command("decode", decode, "the .npz of encode or embed back to images")
+    sub.add_argument("latents", help=".npz of encode or embed; layers that it lacks are sampled")
     add_keep_options(sub, temperature=0.1)
     add_label_options(sub, encodes=False)
+    sub = command("score", score, "what images cost, in bits: a table, a row an image")
+    sub.add_argument("images", nargs="+", help="image files or folders; as in reconstruct")
+    sub.add_argument("--iw_samples", type=options.count,
+                     help="also the importance-weighted bound of so many samples")  # fmt: skip
+    add_label_options(sub, decodes=False)
+    sub = command("export", export, "the model as one file to share, with all that it needs")
+    sub.add_argument("--with_names", action="store_true",
+                     help="also the names of its own images' files")  # fmt: skip
     return parser
 
 
@@ -224,6 +238,11 @@ def labels_asked(args, model):
     return decoded, asked_labels(model.H, args.from_label, "from_label", words, args.seed)
 
 
+def encoded_under(args, model):
+    """What images are encoded under: a function, as asked_labels."""
+    return asked_labels(model.H, args.from_label, "from_label", ("none",), args.seed)
+
+
 def samples(args, model):
     t = temperature_of_layers(model, args.temperature)
     asked, _ = labels_asked(args, model)
@@ -253,16 +272,20 @@ def samples(args, model):
     write_images(args, model, args.n, make, draw, asked)
 
 
+def background_of(args, model):
+    """The colour that transparency of pictures is laid on."""
+    return args.background or options.setting(model.H, "background")
+
+
 def originals_of(args, model):
     """The images that the command line names, uint8 (n, S, S, c)."""
-    background = args.background or options.setting(model.H, "background")
-    images = read_images(args.images, model.H.image_size, background)
+    images = read_images(args.images, model.H.image_size, background_of(args, model))
     return of_channels(images, channels_of(model.H))
 
 
 def kept_of(args, model):
     """(how many layers are kept, the temperature of each layer)."""
-    k = layers_to_keep(model, args.layers, args.resolution)
+    k = layers_to_keep(model, args.layers, args.resolution, "--")
     return k, temperature_of_layers(model, args.temperature)
 
 
@@ -362,82 +385,33 @@ def progressive(args, model):
 
 
 def encode(args, model):
-    with writing(args):
-        check_free(args)
     to, of = labels_asked(args, model)
-    originals = originals_of(args, model)
-    arrays = {}
-    for first in tqdm(range(0, len(originals), args.n_batch), unit=" batches", disable=None):
-        images = originals[first : first + args.n_batch]
-        indices = range(first, first + len(images))
-        labels = labels_for(of, indices)
-        of_layers = latents_of(model, images, indices, args.seed, args.gaussians, labels)
-        for i, stats in enumerate(of_layers):
-            kl = stats.pop("kl").sum(dim=(1, 2, 3)) / images[0].size  # (n,)
-            for name, value in {**stats, "rate": kl}.items():
-                arrays.setdefault(f"{name}{i:03}", []).append(value.cpu().numpy())
-    arrays = {name: np.concatenate(parts) for name, parts in arrays.items()}
-    with_names = arrays | {"images": np.array(args.images), "preset": model.H.hparam_sets}
-    with_names["weights"] = sha256(args.restore_ema_path)
-    if labels_of(model.H):
-        everything = range(len(originals))
-        with_names["label"] = names_for(model.H, to, everything)
-        with_names["from_label"] = names_for(model.H, of, everything)
-
-    def write(path):
-        with open(path, "wb") as file:
-            np.savez(file, **with_names)
-
-    with writing(args):
-        replace(args.out, write)
-    n_layers = len(model.decoder.dec_blocks)
-    print(one_line(f"{args.out}: {len(originals)} images, {n_layers} layers"))
+    write_latents(args, model, originals_of(args, model), to, of)
 
 
-def read_latents(path, model, weights):
-    """The z of encode's .npz, (n, Z, R, R) by block; a block it lacks is None.
+def embed(args, model):
+    k = layers_to_keep(model, args.layers, args.resolution, "--")
+    write_embeddings(args, model, k, background_of(args, model), encoded_under(args, model))
 
-    Other weights than those of this sha256 may decode them too: a line says so.
 
-    Raises:
-        UserError: for a file that can't be read or fits another model.
-    """
-    latents, n = [], None
-    if special := not_regular(path):
-        raise UserError(f"{path} is {special}: name an .npz that sample.py encode has made")
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if str(arrays.get("weights", weights)) != weights:
-                print(one_line(f"WARNING: {path} was encoded with other weights"), file=sys.stderr)
-            for i, block in enumerate(model.decoder.dec_blocks):
-                z = arrays[f"z{i:03}"] if f"z{i:03}" in arrays else None
-                if z is not None:
-                    n = n or len(z)
-                    if z.shape != (n, block.zdim, block.base, block.base):
-                        raise ValueError(f"z{i:03} is {z.shape}, layer {i} of the model "
-                                         f"{(n, block.zdim, block.base, block.base)}")  # fmt: skip
-                    z = torch.from_numpy(z).float().to(model.H.device)
-                    if not z.isfinite().all():
-                        raise ValueError(f"z{i:03} has numbers that are not finite")
-                latents.append(z)
-        if not n:
-            raise ValueError("it has no z000")
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist: make it with sample.py encode") from None
-    except Exception as error:  # a damaged file raises nearly anything
-        raise UserError(
-            f"{path} holds no latents of this model ({reason_of(error)}): encode anew"
-        ) from None
-    return latents, n
+def score(args, model):
+    write_scores(args, model, background_of(args, model), encoded_under(args, model))
+
+
+def export(args, model):
+    write_model(args, model)
 
 
 def decode(args, model):
     k, t = kept_of(args, model)
-    latents, n = read_latents(args.latents, model, sha256(args.restore_ema_path))
+    found = LatentFile(args.latents, args, model)
+    k, n = min(k, found.n_layers), found.n
+    told = recorded_labels(model.H, found.labels) if args.label is None else None
+    asked = told or labels_asked(args, model)[0]
 
     def make(indices):
-        part = [z if z is None else z[indices.start : indices.stop] for z in latents[:k]]
-        return decode_latents(model, part, indices, t, **how(args))
+        latents, labels = found.latents(indices)[:k], labels_for(asked, indices)
+        return decode_latents(model, latents, indices, t, **how(args), labels=labels)
 
     def draw(images):
         starts = range(0, n, 12)
@@ -455,7 +429,6 @@ def decode(args, model):
 @torch.inference_mode()
 def main():
     args = make_parser().parse_args()
-    args.out = args.out or ("latents.npz" if args.command == "encode" else f"{args.command}.png")
     check_out(args)
     if getattr(args, "images", None):
         args.images = image_paths(args.images)

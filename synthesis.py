@@ -9,16 +9,12 @@ with `seed` owns its noise: image 7 is the same, to rounding, in any batch. `lab
 import torch
 
 from batches import preprocess
+from embeddings import mean_latents, resolutions_of
 from errors import UserError
 from labels import given
 from noise import DECODING, ENCODING, SAMPLING, image_generators
 
-# ---- which layers, at which temperature ----------------------------------------------------
-
-
-def resolutions_of(model):
-    """The resolution of each layer, from the top."""
-    return [block.base for block in model.decoder.dec_blocks]
+# ---- layers, temperatures ------------------------------------------------------------------
 
 
 def temperature_of_layers(model, t):
@@ -37,23 +33,6 @@ def temperature_of_layers(model, t):
                 f"{', '.join(map(str, found))}"
             )
     return [t.get(resolution, 1.0) for resolution in layers]
-
-
-def layers_to_keep(model, layers=None, resolution=None):
-    """How many layers these are: the first `layers`, those up to a resolution, or (neither) all.
-
-    Raises:
-        UserError: for more layers than there are, or a resolution without latents.
-    """
-    bases = resolutions_of(model)
-    if layers and layers > len(bases):
-        raise UserError(f"--layers {layers}: this model has {len(bases)} layers")
-    if resolution and resolution not in bases:
-        found = ", ".join(map(str, model.decoder.resolutions))
-        raise UserError(f"--resolution {resolution}: this model has latents at {found}")
-    if resolution:
-        return max(i + 1 for i, base in enumerate(bases) if base <= resolution)
-    return layers or len(bases)
 
 
 def steps_of_forming(model):
@@ -141,3 +120,23 @@ def forming(model, k, indices, t, rest=0.1, latents=None, seed=0, mean=False, la
         return decode_latents(model, latents[:k], indices, rest, seed, mean, labels=labels)
     ts = [*t[:k], *[rest] * (len(t) - k)]
     return draw_samples(model, indices, ts, seed, mean, labels)
+
+
+# ---- two images in one ---------------------------------------------------------------------
+
+
+def mix(model, a, b, k, as_stored=False, mean=False, seed=0, labels=None):
+    """Images with the coarse latents of some and the fine ones of others, by posterior means.
+
+    Args:
+        a, b: images, uint8 (n, S, S, channels) each.
+        k: how many layers, from the top, are a's: 0 is b itself, all are a.
+        as_stored: b's fine latents are those of b alone; else b's posterior given a's coarse
+            state.
+        mean, seed: of the pixels, as decode_latents.
+    """
+    (x_a, _), (x_b, _) = preprocess(a, model.H), preprocess(b, model.H)
+    coarse = [s["z"] for s in mean_latents(model, x_a, k, labels=labels)] if k else []
+    stats = mean_latents(model, x_b, given=() if as_stored else coarse, labels=labels)
+    latents = [*coarse, *(s["z"] for s in stats[k:])]
+    return decode_latents(model, latents, range(len(a)), 1.0, seed, mean, labels)

@@ -65,6 +65,7 @@ from train_helpers import (
     update_ema,
 )
 from utils import get_cpu_stats_over_ranks
+from weights import weights_hash
 
 # Steps of this run at which to log and draw besides the regular ones: progress from the start.
 EARLY_STEPS = {1} | {2**k for k in range(3, 14)}
@@ -197,6 +198,7 @@ def run_test_eval(H, ema_vae, data_test, preprocess_fn, logprint):
     """Logs a `test_loss` line for the EMA weights and returns its figures."""
     logprint("evaluating on the test set")
     stats = evaluate(H, ema_vae, data_test, preprocess_fn)
+    stats["weights"] = weights_hash(ema_vae)
     log_evaluation(H, ema_vae, stats, logprint, "test", type="test_loss")
     return stats
 

@@ -21,6 +21,7 @@ from block_strings import (
     parse_layer_string,
 )
 from bounds import distortion_and_rates, importance_weighted_elbo
+from embeddings import embed, mean_latents, unflatten
 from fused import (
     add_to_stream,
     channels_last,
@@ -412,18 +413,19 @@ class VAE(HModule):
         stats = {"elbo": distortion + rate, "distortion": distortion, "rate": rate}
         return stats if per_image else {key: t.mean() for key, t in stats.items()}
 
-    def importance_weighted_elbo(self, x, x_target, n_samples, noise, labels=None):
-        """The importance-weighted bound of n_samples, (N,), as bounds.importance_weighted_elbo."""
-        return importance_weighted_elbo(self, x, x_target, n_samples, noise, labels)
+    importance_weighted_elbo = importance_weighted_elbo  # of a room of its own, as these two
+    embed, unflatten = embed, unflatten
 
-    def forward_get_latents(self, x, generators=None, get_gaussians=False, labels=None):
+    def forward_get_latents(self, x, generators=None, get_gaussians=False, labels=None, mean=False):
         """One {z (N, Z, R, R) detached, kl (N, Z, R, R)} per block, from the posterior of x.
 
-        With get_gaussians also qm, qv, pm, pv, as in DecBlock.forward.
+        With get_gaussians also qm, qv, pm, pv, as in DecBlock.forward; with mean, every z is its
+        posterior's mean given those above, and nothing is drawn.
         """
+        if mean:
+            return mean_latents(self, x, get_gaussians=get_gaussians, labels=labels)
         with noise_of_images(generators):
-            gaussians = [True] * get_gaussians
-            return self.decoder(self.encoder(x), True, *gaussians, **given(labels))[1]
+            return self.decoder(self.encoder(x), True, *[True] * get_gaussians, **given(labels))[1]
 
     def forward_uncond_samples(
         self, n_batch, t=None, generators=None, mean=False, as_float=False, labels=None

@@ -1,5 +1,6 @@
-"""Weights: from a .th file to the tensors of a known network."""
+"""Weights: from a file to the tensors of a known network."""
 
+import hashlib
 import os
 
 import torch
@@ -10,7 +11,8 @@ from launchers import resolve_device
 from options import OPTIONS, Hyperparams
 from presets import get_hparams, preset_of, shapes_of
 from records import no_network, normalisation_of, state_beside
-from torch_files import read_torch_file, what_content, why_not_plain
+from safetensors_files import metadata_of, read_tensors
+from torch_files import what_content, why_not_plain
 from utils import maybe_download
 from vae import VAE
 
@@ -22,13 +24,15 @@ WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_
 def read_weights(path, map_ddp=True):
     """The state dict of a VAE in model.th or model-ema.th, ours or released, on the CPU.
 
+    It may be a file of safetensors as well.
+
     map_ddp drops the `module.` that names in model.th start with, and what other wrappers of a
     model put into names (WRAPPERS), in any order.
 
     Raises:
         UserError: for a file that can't be read or holds something else.
     """
-    state = read_torch_file(path)
+    state = read_tensors(path)
     if not isinstance(state, dict) or not state or not any(map(torch.is_tensor, state.values())):
         what, remedy = what_content(state)
         raise UserError(f"{path} holds no state dict of tensors, but {what}: {remedy}")
@@ -79,6 +83,19 @@ def check_weights(model, state, path, asked="asked for"):
                 f"{path} holds weights that are no numbers, or infinite ({name}): restore an "
                 f"earlier checkpoint"
             )
+
+
+def weights_hash(model):
+    """A sha256, in hex, over the names and the float32 values of a model's weights.
+
+    The same for the same weights in another kind of file, or of another precision that holds them.
+    """
+    digest = hashlib.sha256()
+    for name, t in sorted(model.state_dict().items()):
+        values = t.detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(t.shape)}\n".encode())
+        digest.update(values.numpy())
+    return digest.hexdigest()
 
 
 # What the shapes of the weights depend on, beside what the network is fed.
@@ -140,7 +157,9 @@ def load_model(path, hps=None, device=None):
         H.update(image_mean=known.mean, image_std=known.std)
     with torch.device("meta"):
         model = VAE(H)
-    asked = "that the run beside it has recorded" if recorded else "asked for"
+    own = recorded and metadata_of(path) is not None
+    asked = "that its metadata tell" if own else "that the run beside it has recorded"
+    asked = asked if recorded else "asked for"
     check_weights(model, state, path, asked)
     model.to_empty(device="cpu").load_state_dict(state)  # initial weights would be a waste
     return model.requires_grad_(False).eval().to(H.device)

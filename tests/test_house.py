@@ -13,10 +13,11 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "interrupts errors files file_kinds file_systems resources image_sets options launchers "
     "processes turns logs endings noise temperatures fused labels likelihood bounds "
-    "block_strings hps torch_files downloads utils vae_helpers vae presets decoding "
-    "image_files batches label_files packing own_images records weights starting data "
-    "checkpoints run_folder resuming optimizers fonts pictures reports train_helpers outputs "
-    "plot files_to_npy steps train synthesis label_choices sample"
+    "embeddings block_strings hps torch_files safetensors_files downloads utils vae_helpers "
+    "vae presets decoding image_files batches label_files packing own_images records weights "
+    "starting data checkpoints run_folder resuming optimizers fonts pictures reports "
+    "train_helpers outputs plot files_to_npy steps train synthesis label_choices latent_files "
+    "scores exports sample demo"
 ).split()
 
 

@@ -153,7 +153,10 @@ def test_errors_are_one_line(run, tmp_path):
         ("samples --temperature 2:0.5", "resolution 2: .* 1, 4, 8"),
         ("samples --temperature 1:a", "'a'"),
         ("samples --layer 3", r"'--layer': did you mean --layers \(of reconstruct, .*decode\)"),
-        ("samples --layers 3", "'--layers': it is an option of reconstruct, interpolate, decode$"),
+        (
+            "samples --layers 3",
+            "'--layers': it is an option of reconstruct, interpolate, embed, decode$",
+        ),
         ("samples --temprature 3", r"did you mean --temperature\?"),
         ("samples --out s.JPG", "s.JPG: images go to NAME.png.* must not end in .jpg"),
         ("samples --out s.npy", "must not end in .npy"),

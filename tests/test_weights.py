@@ -16,9 +16,10 @@ from runs import ROOT, environment
 from batches import preprocess
 from errors import UserError
 from hps import get_hparams
+from torch_files import read_torch_file
 from train_helpers import restore_params
 from vae import VAE
-from weights import load_model, read_torch_file
+from weights import load_model
 
 
 def _elbo(H, vae):

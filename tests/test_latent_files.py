@@ -1,0 +1,169 @@
+"""Embedding files: made a batch at a time, continued, read a batch at a time."""
+
+import json
+import resource
+import shutil
+from collections import namedtuple
+
+import numpy as np
+import pytest
+import torch
+from fakes import arr_0, nearly_equal, noise, write_sample_folder
+from PIL import Image
+from runs import sample_in
+
+import latent_files
+from batches import preprocess
+from errors import UserError
+from image_files import read_images
+from weights import load_model, weights_hash
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """ema.th, the weights of the preset digits; a.png and b.jpg; eleven pictures in a folder."""
+    folder = write_sample_folder(tmp_path_factory.mktemp("sample"))
+    (folder / "pngs").mkdir()
+    for i, image in enumerate(noise(11, 8)):
+        Image.fromarray(image).save(folder / "pngs" / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch):
+    return sample_in(folder, tmp_path, monkeypatch)
+
+
+def content(path):
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
+
+
+def test_the_file_of_embed(run, capsys):
+    run("embed pngs a.png --resolution 4 --n_batch 4")
+    assert "12 images, 528 numbers each: 0.0 MiB" in capsys.readouterr().out
+    found, model = content("embeddings.npz"), load_model("ema.th", device="cpu")
+    assert found.keys() == {"embeddings", "images", "layers", "labels", "preset", "weights"}
+    paths = [f"pngs/{i:02}.png" for i in range(11)] + ["a.png"]
+    assert found["images"].tolist() == paths and str(found["preset"]) == "digits"
+    assert found["layers"].tolist() == [[8, 1, 1]] * 2 + [[8, 4, 4]] * 4
+    assert found["labels"].tolist() == [-1] * 12 and str(found["weights"]) == weights_hash(model)
+    direct = model.embed(preprocess(read_images(paths, 8), model.H)[0], layers=6)
+    assert found["embeddings"].dtype == np.float32
+    assert np.allclose(found["embeddings"], direct, atol=1e-4)
+    run("embed pngs a.png --layers 6 --n_batch 4 --seed 9 --out again.npz")  # nothing is drawn
+    assert np.array_equal(content("again.npz")["embeddings"], found["embeddings"])
+
+
+def test_it_goes_on_after_a_break(run, tmp_path, monkeypatch, capfd):
+    (tmp_path / "bad.png").write_text("no picture")
+    line = "embed bad.png pngs a.png --n_batch 3"
+    with pytest.raises(UserError, match="1 of 13 images have no row in whole.npz"):
+        run(f"{line} --out whole.npz")
+    read, calls = latent_files.read_readable, []
+
+    def stopped(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return read(*args)
+
+    monkeypatch.setattr(latent_files, "read_readable", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run(f"{line} --out broken.npz")
+    assert not (tmp_path / "broken.npz").exists()
+    with pytest.raises(UserError, match="layers None, not 2"):
+        run(f"{line} --out broken.npz --layers 2")
+    capfd.readouterr()
+    with pytest.raises(UserError, match="1 of 13 images have no row in broken.npz"):
+        run(f"{line} --out broken.npz")
+    assert len(calls) == 4 + 2
+    assert "skipped: bad.png cannot be decoded (it is text)" in capfd.readouterr().err
+    whole, broken = content("whole.npz"), content("broken.npz")
+    assert all(np.array_equal(whole[name], broken[name]) for name in whole)
+    assert len(whole["embeddings"]) == 12 and whole["images"][0] == "pngs/00.png"
+    assert not list(tmp_path.glob("*part*"))
+    with pytest.raises(UserError, match="none of the 1 images"):
+        run("embed bad.png --out none.npz")
+    assert not list(tmp_path.glob("none*"))
+
+
+def test_decode_takes_it(run, tmp_path):
+    run("embed pngs --n_batch 4 --out e.npz")
+    run("decode e.npz --mean --n_batch 3 --out d.npz")
+    rows = content("e.npz")["embeddings"]
+    model = load_model("ema.th", device="cpu")
+    direct = model.forward_samples_set_latents(11, model.unflatten(rows), mean=True)
+    assert nearly_equal(arr_0("d.npz"), direct)
+    # A regression's: float64, its rows side by side or its columns, compressed, and no more.
+    for name, array, save in (
+        ("c.npz", rows.astype(float), np.savez),
+        ("f.npz", np.asfortranarray(rows), np.savez),
+        ("z.npz", rows.astype(float), np.savez_compressed),
+    ):
+        save(name, embeddings=array)
+        run(f"decode {name} --mean --n_batch 3 --out of_{name}")
+        assert np.array_equal(arr_0(f"of_{name}"), arr_0("d.npz"))
+    run("decode e.npz --layers 3 --seed 4 --out three.npz")
+    np.savez("e3.npz", embeddings=rows[:, : 8 + 8 + 128])
+    run("decode e3.npz --seed 4 --out of_e3.npz")
+    assert np.array_equal(arr_0("three.npz"), arr_0("of_e3.npz"))
+    np.savez("width.npz", embeddings=rows[:, :100])
+    np.savez("nan.npz", embeddings=rows + np.nan)
+    np.savez("int.npz", embeddings=rows.astype(int))
+    np.savez("layers.npz", embeddings=rows[:, :16], layers=np.array([[16, 1, 1]]))
+    np.savez("empty.npz", embeddings=rows[:0])
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "e.npz").read_bytes()[:-3000])
+    for name, words in (
+        ("width", "100 numbers an image, where .* 8, 16, 144"),
+        ("nan", "not finite"),
+        ("int", "not floats"),
+        ("layers", "its layers are of other shapes"),
+        ("empty", "it has no row"),
+        ("cut", "not a zip file"),
+    ):
+        with pytest.raises(UserError, match=f"{name}.npz holds no latents.*{words}"):
+            run(f"decode {name}.npz --out out.npz")
+
+
+def test_rows_are_read_in_bounded_memory(tmp_path):
+    """Any part in any order, and not the whole."""
+    rows = np.random.default_rng(0).standard_normal((3000, 5000)).astype(np.float32)  # 57 MiB
+    np.savez(tmp_path / "e.npz", embeddings=rows)
+    found = latent_files._Rows(tmp_path / "e.npz", "embeddings")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for start in (0, 2000, 10, 2990):
+        assert np.array_equal(found.read(start, start + 10), rows[start : start + 10])
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 16 * 1024
+
+
+def test_a_disk_without_room_is_told_first(run, monkeypatch, tmp_path):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
+    with pytest.raises(UserError, match=r"needs 46,464 bytes.*1,000 free"):
+        run("embed pngs --layers 6 --out e.npz --force")
+    assert not (tmp_path / "e.npz").exists()
+
+
+def test_files_that_name_weights_by_their_files_hash_stay_valid(run, tmp_path, capsys):
+    """As before: latents, and the settings of an unfinished output."""
+    from files import sha256
+
+    run("encode a.png")
+    old = content("latents.npz") | {"weights": sha256("ema.th")}
+    np.savez("old.npz", **old)
+    capsys.readouterr()
+    run("decode old.npz --out a.npz")
+    run("decode latents.npz --out b.npz")
+    assert "other weights" not in capsys.readouterr().err
+    run("samples --n 3 --out pngs_made --n_batch 2")
+    settings = tmp_path / "pngs_made" / "settings.json"
+    kept = json.loads(settings.read_text())
+    settings.write_text(json.dumps(kept | {"weights": sha256("ema.th")}))
+    run("samples --n 5 --out pngs_made --n_batch 2")
+    assert len(list((tmp_path / "pngs_made").glob("*.png"))) == 5
+    state = torch.load("ema.th")
+    state["decoder.gain"] += 1
+    torch.save(state, "other.th")
+    with pytest.raises(UserError, match="made with weights"):
+        run("samples --n 5 --out pngs_made --n_batch 2", weights="other.th")
