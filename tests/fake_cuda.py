@@ -1,8 +1,8 @@
 """The network on a "cuda:0" that is not there: `fake_cuda.py LIBRARY PRESET PRECISION TASK...`.
 
-In a build of PyTorch without CUDA, FakeTensorMode carries shapes, types and devices through the real
-code; nothing is computed. The library is fake_cuda.cpp's, loaded before the first fake tensor. Prints
-a line of JSON a task:
+In a build of PyTorch without CUDA, FakeTensorMode carries shapes, types and devices through the
+real code; nothing is computed. The library is fake_cuda.cpp's, loaded before the first fake tensor.
+Prints a line of JSON a task:
 
     calls: operators that compute, as benchmarks/bench.py counts them
     convolutions: {dtype of the input: how many}
@@ -35,6 +35,8 @@ from torch.utils._pytree import tree_leaves
 # Else autocast warns and turns itself off.
 torch.cuda.is_bf16_supported = lambda *_, **__: True
 torch.cuda.amp.common.amp_definitely_not_available = lambda: False
+# Else clipping takes fake tensors one by one: they are a class of their own.
+torch.nn.utils.clip_grad._has_foreach_support = lambda *_: True
 
 import steps
 import train
@@ -104,9 +106,13 @@ def main(preset, precision, tasks):
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[p] = {"step": torch.zeros((), device=x.device)} | moments
     optimizer.applied_updates = 1
+    one = steps.Steps(H, model, ema, optimizer)
+    if precision == "bf16":
+        with mode:
+            one.copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in one.parameters]
 
     def step():
-        train.training_step(H, x, x, model, ema, optimizer, 0)
+        one.launch(x, x, None, 0, train.get_cpu_stats_over_ranks, train.update_ema).read()
 
     def evaluate():
         with torch.no_grad(), train.forward_precision(precision, x.device):

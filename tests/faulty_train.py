@@ -58,7 +58,7 @@ class Fault:
             return strike_in(step, x, target, run.vae, run.ema_vae, run.optimizer)
 
         if self.late:
-            steps.READ_LATE, steps.Steps.launch = True, wrapped_launch
+            steps.AS_ON_CUDA, steps.Steps.launch = True, wrapped_launch
         else:
             train.training_step = wrapped
 

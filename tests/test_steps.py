@@ -12,9 +12,11 @@ from faulty_train import Fault
 from golden import inputs, model
 from runs import SAVING, SMALL, Run, assert_same, check_latest, figures, hashes, log_of, start
 
+import fused
 import steps
 import train
 from endings import stop
+from noise import noise_shapes
 from optimizers import applied_updates, make_optimizer, move_towards
 from steps import Launched, Unread
 from train_helpers import OneProcess
@@ -28,7 +30,7 @@ OPTIONS = dict(lr=1e-3, adam_beta1=0.9, adam_beta2=0.9, wd=0.01, ema_rate=0.99, 
 
 def stepped(n, late, monkeypatch, nan_at=None, **options):
     """(statistics, weights, EMA's, optimizer) after n steps, read late or not."""
-    monkeypatch.setattr(steps, "READ_LATE", late)
+    monkeypatch.setattr(steps, "AS_ON_CUDA", late)
     H, vae = model("tiny")
     H.update(OPTIONS | options)
     ema = copy.deepcopy(vae).requires_grad_(False)
@@ -94,6 +96,68 @@ def test_an_average_moves_alike_by_a_number_and_by_a_tensor():
     assert torch.allclose(torch.stack(averages), torch.stack(others))
 
 
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_weights_cast_once_and_noise_drawn_before_change_no_bit(checkpointed, monkeypatch):
+    results = []
+    for late in (False, True):
+        casts = counted_casts(monkeypatch)
+        options = {"precision": "bf16", "checkpoint_activations": checkpointed}
+        stats, weights, *_ = stepped(3, late, monkeypatch, **options)
+        results.append((stats, weights, casts))
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(*pair) for pair in zip(results[0][1], results[1][1], strict=True))
+    assert len(results[1][2]) == 3 and not results[0][2]
+
+
+def counted_casts(monkeypatch):
+    """The calls of fused.cast_together from now on."""
+    calls, original = [], fused.cast_together
+    monkeypatch.setattr(steps, "cast_together", lambda *a: calls.append(a) or original(*a))
+    return calls
+
+
+def test_weights_are_cast_while_the_step_lasts_and_no_longer():
+    """An evaluation in bf16 after an update computes with the new weights."""
+    _, vae = model("tiny")
+    weights = list(vae.parameters())
+    batch = inputs(vae.H, 2, 0)
+    copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in weights]
+
+    def loss():
+        torch.manual_seed(0)
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            return vae(*batch)["elbo"].item()
+
+    before = loss()
+    with fused.cast_together(weights, copies):
+        assert loss() == before
+        with torch.no_grad():
+            for p in weights:
+                p.mul_(1.5)
+        stale = loss()
+    assert loss() != stale
+
+
+@pytest.mark.parametrize("own", ["sampler", "dropout", None])
+def test_noise_is_drawn_before_only_where_nothing_else_draws(own, monkeypatch):
+    monkeypatch.setattr(steps, "AS_ON_CUDA", True)
+    H, vae = model("tiny")
+    H.update(OPTIONS | {"checkpoint_activations": True})
+    if own == "sampler":
+        monkeypatch.setattr(
+            "vae.draw_gaussian_diag_samples", lambda m, s: m + s.exp() * torch.randn_like(m)
+        )
+    if own == "dropout":
+        conv = vae.decoder.dec_blocks[0].resnet.c1
+        conv.register_forward_hook(lambda _, __, out: torch.nn.functional.dropout(out))
+    one = steps.Steps(H, OneProcess(vae), copy.deepcopy(vae), torch.optim.SGD(vae.parameters(), 0))
+    for _ in range(2):
+        batch = *inputs(H, 2, 0), None, 0
+        one.launch(*batch, train.get_cpu_stats_over_ranks, train.update_ema).read()
+    [shapes] = one.noise.values()
+    assert shapes == (None if own else noise_shapes(vae, 2))
+
+
 # ---- the order of reading ------------------------------------------------------------------
 
 
@@ -151,7 +215,7 @@ def test_a_request_to_stop_has_all_read(monkeypatch):
 
 
 def read_late():
-    steps.READ_LATE = True
+    steps.AS_ON_CUDA = True
 
 
 class Killed:
@@ -161,7 +225,7 @@ class Killed:
         self.n, self.number = n, number
 
     def __call__(self):
-        steps.READ_LATE = True
+        steps.AS_ON_CUDA = True
         launch, calls = steps.Steps.launch, itertools.count(1)
 
         def wrapped(*args):

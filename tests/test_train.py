@@ -29,7 +29,7 @@ def _sum_and_squares(tensors):
 @pytest.mark.parametrize("run", figures("training_steps"))
 def test_training_steps(run, late, monkeypatch):
     """With the update decided before it, or by its own flag as on a GPU."""
-    monkeypatch.setattr(steps, "READ_LATE", late)
+    monkeypatch.setattr(steps, "AS_ON_CUDA", late)
     expected = figures("training_steps")[run]
     H, vae = model("tiny")
     H.update(lr=2e-4, adam_beta1=0.9, adam_beta2=0.9, wd=0.01, ema_rate=0.99)
