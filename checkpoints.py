@@ -22,6 +22,7 @@ import torch
 
 from errors import UserError, remedy_of
 from files import fsync, sha256
+from torch_files import contiguous
 
 FILE_NAMES = ("model.th", "model-ema.th", "opt.th", "log.jsonl", "state.json")
 
@@ -381,7 +382,7 @@ def write_checkpoint(path, vae, ema_vae, optimizer, H):
             if owner is None:
                 continue
             with open(os.path.join(partial, name), "wb") as file:
-                torch.save(owner.state_dict(), file)
+                torch.save(contiguous(owner.state_dict()), file)
         log = os.path.join(H.save_dir, "log.jsonl")
         if os.path.exists(log) and optimizer is not None:
             shutil.copyfile(log, os.path.join(partial, "log.jsonl"))

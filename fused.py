@@ -49,6 +49,49 @@ def forward_precision(kind, device):
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=kind == "bf16")
 
 
+class _Casts:
+    """Copies of weights in another dtype while a training step lasts, by the weights' id."""
+
+    dtype, copies = None, {}
+
+
+class _Held(torch.autograd.Function):
+    """A copy of a weight in another dtype, made before; its gradient goes to the weight."""
+
+    @staticmethod
+    def forward(ctx, weight, copy):
+        ctx.dtype = weight.dtype
+        return copy.view_as(copy)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.to(ctx.dtype), None
+
+
+@contextlib.contextmanager
+def cast_together(weights, copies):
+    """In the body, convolutions in the dtype of `copies` find the weights cast: all at once.
+
+    Backward passes too, whichever thread they run in; so the weights may not change in it. One
+    kernel does what else takes some for each convolution.
+    """
+    with torch.no_grad():
+        torch._foreach_copy_(copies, weights)
+    _Casts.dtype = copies[0].dtype
+    _Casts.copies = {id(w): copy for w, copy in zip(weights, copies, strict=True)}
+    try:
+        yield
+    finally:
+        _Casts.dtype, _Casts.copies = None, {}
+
+
+def cast_for(x, weight):
+    """A weight as convolutions of x want it, if it was cast before; else itself."""
+    if _Casts.dtype is None or compute_dtype(x) != _Casts.dtype or id(weight) not in _Casts.copies:
+        return weight
+    return _Held.apply(weight, _Casts.copies[id(weight)])
+
+
 def at_least_float32(t):
     return t.to(torch.promote_types(t.dtype, torch.float32))
 
@@ -184,7 +227,7 @@ def gelu_conv(x, conv):
     """conv(gelu(x)), a new tensor, as in gelu_convs, for a conv of get_3x3 or get_1x1."""
     if not is_plain_conv(conv):
         return conv(gelu(x)).clone()  # a hook may keep what it saw
-    return gelu_convs(x, conv.weight, conv.bias)[0]
+    return gelu_convs(x, cast_for(x, conv.weight), cast_for(x, conv.bias))[0]
 
 
 # ---- the KL of two Gaussians ---------------------------------------------------------------
@@ -263,8 +306,9 @@ def posterior_and_prior(enc, prior, x, acts, n_latent, kind):
         return q, *_prior(prior, x, None, n_latent)
     # The posterior's c1 of concat[x, acts] is the sum of its halves: that of x shares the GELU with
     # the prior's c1, that of acts with all blocks of this resolution.
-    w_x, w_acts = enc.c1.weight.split([x.shape[1], acts.shape[1]], dim=1)
-    h, q = gelu_convs(x, prior.c1.weight, prior.c1.bias, w_x, enc.c1.bias)  # (N, middle, R, R)
+    w, b, enc_w, enc_b = (cast_for(x, t) for c in (prior.c1, enc.c1) for t in (c.weight, c.bias))
+    w_x, w_acts = enc_w.split([x.shape[1], acts.shape[1]], dim=1)
+    h, q = gelu_convs(x, w, b, w_x, enc_b)  # (N, middle, R, R)
     activated = _gelu_of(acts)
     q = enc.bottleneck(q + F.conv2d(activated, w_acts.to(activated.dtype)))  # (N, middle, R, R)
     with without_autocast(q.device.type):  # few channels; in bf16 they would cost the KL its bits
@@ -285,8 +329,8 @@ def _prior(prior, x, h, n_latent):
         p, residual = prior(x).split([n_latent, x.shape[1]], dim=1)
         merged = x + residual
     else:
-        w, b = prior.c4.weight, prior.c4.bias
         h = prior.bottleneck(h)  # (N, middle, R, R)
+        w, b = cast_for(h, prior.c4.weight), cast_for(h, prior.c4.bias)
         p, residual = gelu_convs(h, w[:n_latent], b[:n_latent], w[n_latent:], b[n_latent:])
         merged = add_to_stream(x, residual)
     return p.to(x.dtype).contiguous(), merged

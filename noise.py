@@ -52,7 +52,7 @@ _NO_NOISE = object()  # in place of generators
 class _Here(threading.local):
     """Where this thread's noise comes from now. (torch.compile follows no ContextVar.)"""
 
-    of_images = drawn = None  # an _OfImages, a _Drawn
+    of_images = drawn = shapes = None  # an _OfImages, a _Drawn, those that are being noted
 
 
 _here = _Here()
@@ -96,6 +96,37 @@ class _Drawn:
     def __init__(self, tensors, place=0):
         self.tensors = tensors
         self.place = place
+
+
+@contextlib.contextmanager
+def noting_shapes():
+    """The context's value gets (shape, fill) of each call of fill_noise in the body."""
+    before, _here.shapes = _here.shapes, []
+    try:
+        yield _here.shapes
+    finally:
+        _here.shapes = before
+
+
+def draws_alone(shapes, like, state):
+    """Whether normals of these shapes are all that was drawn since the generator had `state`.
+
+    That is the default generator of `like`'s device, which is left as it is found. (A sampler of a
+    program's own, or dropout, draws besides.)
+    """
+    cuda = like.is_cuda
+    found = generator_state(like)
+    set_state = torch.cuda.set_rng_state if cuda else torch.set_rng_state
+    set_state(state, *[like.device] * cuda)
+    draw_normals(shapes, like)
+    same = torch.equal(generator_state(like), found)
+    set_state(found, *[like.device] * cuda)
+    return same
+
+
+def generator_state(like):
+    """The state of the default generator of `like`'s device, bytes on the CPU."""
+    return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
 
 
 def noise_shapes(vae, n):
@@ -167,6 +198,8 @@ def fill_noise(shape, like, fill):
     own = _here.of_images
     if own is None:
         drawn = _here.drawn
+        if _here.shapes is not None:
+            _here.shapes.append((tuple(shape), fill))
         if drawn is None:
             return fill(torch.empty(shape, dtype=like.dtype, device=like.device))
         drawn.place += 1

@@ -29,12 +29,28 @@ def make_optimizer(parameters, H, use_apex):
         try:
             from apex.optimizers import FusedAdam
 
-            return FusedAdam(parameters, adam_w_mode=True, **options), "NVIDIA Apex FusedAdam"
+            optimizer = FusedAdam(parameters, adam_w_mode=True, **options)
+            optimizer.register_load_state_dict_post_hook(lay_out_moments)
+            return optimizer, "NVIDIA Apex FusedAdam"
         # An unrelated package, an empty folder, a build without CUDA kernels: each of the names
         # `apex` fails in its own way, some only when constructed.
         except Exception as error:
             reason = f" (no usable NVIDIA Apex: {type(error).__name__}: {error})"
-    return torch.optim.AdamW(parameters, fused=True, **options), f"torch.optim.AdamW{reason}"
+    optimizer = torch.optim.AdamW(parameters, fused=True, **options)
+    optimizer.register_load_state_dict_post_hook(lay_out_moments)
+    return optimizer, f"torch.optim.AdamW{reason}"
+
+
+def lay_out_moments(optimizer):
+    """Gives an optimizer's moments, just loaded, their parameters' strides.
+
+    Files have contiguous ones. A fused update goes through memory, not through indices: beside
+    weights that are channels-last it would be wrong, without a word.
+    """
+    for p, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            if name in state and state[name].stride() != p.stride():
+                state[name] = torch.empty_like(p, dtype=state[name].dtype).copy_(state[name])
 
 
 def all_finite(tensors):

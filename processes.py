@@ -48,9 +48,11 @@ def join_processes(device, port, timeout):
         _store = table
         # The watch comes first: it says who is missing, where NCCL's own would abort the process.
         later = limit + datetime.timedelta(seconds=60)
-        backend = "gloo" if device == "cpu" else "nccl"
+        # With its device NCCL connects now, and no collective has to guess it.
+        own = {} if device == "cpu" else {"device_id": torch.device(device)}
+        backend = "nccl" if own else "gloo"
         dist.init_process_group(
-            backend, store=table, rank=me.rank, world_size=me.size, timeout=later
+            backend, store=table, rank=me.rank, world_size=me.size, timeout=later, **own
         )
     except (dist.DistError, RuntimeError) as error:
         raise UserError(

@@ -11,7 +11,8 @@ import time
 import torch
 
 from endings import stop
-from fused import forward_precision
+from fused import cast_together, forward_precision
+from noise import draw_normals, drawn_before, draws_alone, generator_state, noting_shapes
 from optimizers import (
     applied_updates,
     count_update,
@@ -22,8 +23,8 @@ from optimizers import (
 from options import setting
 from processes import allreduce
 
-# Reads late on the CPU too, where nothing waits: for tests.
-READ_LATE = False
+# Does on the CPU too what pays on CUDA alone: for tests.
+AS_ON_CUDA = False
 
 
 def _is_ours(function):
@@ -38,6 +39,8 @@ class Steps:
         self.H, self.vae, self.ema_vae, self.optimizer = H, vae, ema_vae, optimizer
         self.parameters, self.averages = list(vae.parameters()), list(ema_vae.parameters())
         self.limit = math.inf if H.skip_threshold == -1 else H.skip_threshold
+        self.copies = None  # of the weights, in bf16
+        self.noise = {}  # shape of the input → shapes of its noise, or None where others draw too
 
     def launch(self, data_input, target, labels, iterate, over_ranks, update_ema):
         """Launches a step, as train.training_step describes it: a Launched.
@@ -49,11 +52,13 @@ class Steps:
             time.perf_counter(),
             linear_warmup(setting(self.H, "kl_warmup_iters"))(iterate),
         )
-        decides = data_input.is_cuda or READ_LATE
-        decides = decides and _is_ours(over_ranks) and _is_ours(update_ema) and self._takes_a_flag()
+        on_cuda = data_input.is_cuda or AS_ON_CUDA
+        decides = _is_ours(over_ranks) and _is_ours(update_ema) and self._takes_a_flag()
+        decides = decides and on_cuda
         if decides and getattr(self.optimizer, "applied_updates", None) is None:
             self.optimizer.applied_updates = applied_updates(self.optimizer)
-        stats = self._gradients(data_input, target, labels, beta)
+        with self._casting() if on_cuda else contextlib.nullcontext():
+            stats = self._gradients(data_input, target, labels, beta, on_cuda)
         stats["stop"] = stop.announce()
         if not decides:
             return self._decide_here(stats, start, over_ranks, update_ema)
@@ -68,8 +73,41 @@ class Steps:
         groups = self.optimizer.param_groups
         return type(self.optimizer) is torch.optim.AdamW and all(g.get("fused") for g in groups)
 
-    def _gradients(self, data_input, target, labels, beta):
+    def _casting(self):
+        """The context of a step whose weights are cast to bf16 once."""
+        if setting(self.H, "precision") != "bf16":
+            return contextlib.nullcontext()
+        if self.copies is None:
+            self.copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in self.parameters]
+        return cast_together(self.parameters, self.copies)
+
+    def _forward(self, data_input, target, draw_before, **more):
+        """The statistics of a forward pass, whose noise is drawn before it if that is asked for.
+
+        The first pass of a shape notes what it draws. Where that is more than the noise of the
+        blocks, a sampler of a program's own or dropout, all go on to draw in the pass.
+        """
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(forward_precision(setting(self.H, "precision"), data_input.device))
+            if not draw_before:
+                return self.vae(data_input, target, **more)
+            like = self.parameters[0].detach()
+            if data_input.shape not in self.noise:
+                state = generator_state(like)
+                noted = stack.enter_context(noting_shapes())
+                stats = self.vae(data_input, target, **more)
+                shapes = [shape for shape, _ in noted]
+                alone = draws_alone(shapes, like, state)
+                self.noise[data_input.shape] = shapes if alone else None
+                return stats
+            if shapes := self.noise[data_input.shape]:
+                stack.enter_context(drawn_before(draw_normals(shapes, like)))
+            return self.vae(data_input, target, **more)
+
+    def _gradients(self, data_input, target, labels, beta, on_cuda):
         """Leaves clipped gradients in the weights: statistics of the step, 0-dim tensors."""
+        # Else checkpointing keeps the generator's state of every segment, and puts it back.
+        draw_before = on_cuda and setting(self.H, "checkpoint_activations")
         for p in self.parameters:
             p.grad = None
         n_parts = setting(self.H, "grad_accum")
@@ -79,8 +117,7 @@ class Steps:
             more = {} if labels is None else {"labels": part[2]}
             # The processes average their gradients once, with those of the last part.
             with self.vae.no_sync() if number < n_parts else contextlib.nullcontext():
-                with forward_precision(setting(self.H, "precision"), data_input.device):
-                    parts.append(self.vae(*part[:2], **more))
+                parts.append(self._forward(*part[:2], draw_before, **more))
                 loss = parts[-1]["elbo"]
                 if torch.is_tensor(beta) or beta < 1:
                     loss = parts[-1]["distortion"] + beta * parts[-1]["rate"]

@@ -1,5 +1,6 @@
 """Files of torch.save: opened without running code, or said to be what they are instead."""
 
+import copy
 import re
 import warnings
 
@@ -81,3 +82,22 @@ def what_content(content):
                 f"save what is under {key!r} in it alone, with torch.save",
             )
     return f"{type(content).__name__} without tensors alone", "name a model.th or model-ema.th"
+
+
+def contiguous(content):
+    """A state dict to be saved, its tensors in the plain layout that files have.
+
+    Training on CUDA keeps weights and moments channels-last. What needs no change is not copied.
+    """
+    if isinstance(content, dict):
+        changed = {k: v for k, old in content.items() if (v := contiguous(old)) is not old}
+        if not changed:
+            return content
+        content = copy.copy(content)  # with the attributes that a module's state dict has
+        content.update(changed)
+        return content
+    if torch.is_tensor(content):
+        plain = torch.empty(content.shape, device="meta").stride()
+        if content.stride() != plain:  # also of a side of 1, where it makes no difference
+            return content.clone(memory_format=torch.contiguous_format)
+    return content

@@ -173,7 +173,9 @@ def load_vaes(H, logprint):
         logprint(f"restoring EMA weights from {ema_weights}")
         restore_params(ema_vae, ema_weights, H.local_rank, H.mpi_size, map_cpu=True)
     ema_vae.requires_grad_(False)
-    vae, ema_vae = vae.to(device), ema_vae.to(device)
+    # On CUDA as convolutions expect them, which else turn them around in every step.
+    layout = {} if device == "cpu" else {"memory_format": torch.channels_last}
+    vae, ema_vae = vae.to(device, **layout), ema_vae.to(device, **layout)
     if setting(H, "checkpoint_activations"):
         vae.checkpoint_activations()
     if setting(H, "compile") or setting(H, "cuda_graphs"):

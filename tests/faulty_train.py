@@ -6,6 +6,7 @@ later.
 Every rank writes the hash of its weights, EMA and optimizer after each step into $HASHES, if set.
 """
 
+import functools
 import hashlib
 import itertools
 import math
@@ -18,32 +19,48 @@ import torch
 
 
 class Fault:
-    """Wraps train.training_step: on `rank`, step `step` and every second after it meet a fault."""
+    """Wraps train.training_step: on `rank`, step `step` and every second after it meet a fault.
 
-    def __init__(self, kinds, rank, step):
-        self.rank = int(rank)
+    late: the half of it that launches the step, of a run that reads its statistics late.
+    """
+
+    def __init__(self, kinds, rank, step, late=False):
+        self.rank, self.late = int(rank), late
         self.kinds = {int(step) + 2 * i: kind for i, kind in enumerate(kinds.split(","))}
 
     def __call__(self):
+        import steps
         import train
 
-        original, calls = train.training_step, itertools.count(1)
+        calls = itertools.count(1)
+        original = steps.Steps.launch if self.late else train.training_step
 
-        def wrapped(H, x, target, vae, ema_vae, optimizer, iterate):
+        def strike_in(step, x, target, vae, ema_vae, optimizer):
             hooks = []
             kind = self.kinds.get(next(calls))
             if "FIRST_ATTEMPT_ALONE" in os.environ:
                 kind = kind if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else None
             if kind and train.world().rank == self.rank:
                 hooks = self.strike(kind, x, target, vae)
-            stats = original(H, x, target, vae, ema_vae, optimizer, iterate)
+            stats = step()
             for hook in hooks:
                 hook.remove()
             if "HASHES" in os.environ:
                 self.write_hash(vae, ema_vae, optimizer, train.world().rank)
             return stats
 
-        train.training_step = wrapped
+        def wrapped(H, x, target, *models_and_step):
+            step = functools.partial(original, H, x, target, *models_and_step)
+            return strike_in(step, x, target, *models_and_step[:3])
+
+        def wrapped_launch(run, x, target, *args):
+            step = functools.partial(original, run, x, target, *args)
+            return strike_in(step, x, target, run.vae, run.ema_vae, run.optimizer)
+
+        if self.late:
+            steps.AS_ON_CUDA, steps.Steps.launch = True, wrapped_launch
+        else:
+            train.training_step = wrapped
 
     def strike(self, kind, x, target, vae):
         if kind == "kill":

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import train
 from errors import UserError
 from hps import Hyperparams
 from optimizers import convert_optimizer_state, linear_warmup, make_optimizer, restore_optimizer
-from train_helpers import load_opt
+from train_helpers import load_opt, save_model
 
 
 def test_warm_up_starts_at_one_step_and_ends_at_one():
@@ -155,3 +156,47 @@ def test_a_usable_apex_is_taken(tmp_path, monkeypatch):
     H = Hyperparams(lr=1e-3, adam_beta1=0.9, adam_beta2=0.8, wd=0.5)
     assert make_optimizer(vae.parameters(), H, use_apex=True)[1] == "NVIDIA Apex FusedAdam"
     assert make_optimizer(vae.parameters(), H, use_apex=False)[1] == "torch.optim.AdamW"
+
+
+# ---- layout ----------------------------------------------------------------------------------
+
+
+def test_moments_take_the_layout_of_channels_last_weights(tmp_path):
+    """A step from a file's contiguous moments is that of a model of contiguous weights."""
+    H, vae, ema, optimizer = _trained()
+    save_model(str(tmp_path / "iter-1"), vae, ema, optimizer, Hyperparams(H, save_dir=tmp_path))
+    updated = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        other, other_ema = (copy.deepcopy(m).to(memory_format=layout) for m in (vae, ema))
+        restored, _ = make_optimizer(other.parameters(), H, use_apex=False)
+        restore_optimizer(restored, tmp_path / "iter-1-opt.th")
+        for p, state in restored.state.items():
+            assert state["exp_avg"].stride() == state["exp_avg_sq"].stride() == p.stride()
+        torch.manual_seed(9)
+        for p in other.parameters():  # alike for both, but for the layout
+            p.grad = torch.empty_like(p).copy_(torch.randn(p.shape))
+        restored.step()
+        updated.append([p.detach().contiguous() for p in other.parameters()])
+    assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*updated, strict=True))
+    strides = [p.stride() for p in other.parameters()]
+    assert strides != [p.stride() for p in vae.parameters()]
+
+
+def test_files_are_contiguous_whatever_the_layout_in_memory(tmp_path):
+    """The same names, numbers and strides, in the same order; what trains stays as it is."""
+    contents = []
+    for layout in (torch.contiguous_format, torch.channels_last):
+        H, vae, ema, optimizer = _trained(0)
+        vae, ema = (m.to(memory_format=layout) for m in (vae, ema))
+        optimizer, _ = make_optimizer(vae.parameters(), H, use_apex=False)
+        for p in vae.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
+        stem = str(tmp_path / "iter-1")
+        save_model(stem, vae, ema, optimizer, Hyperparams(H, save_dir=tmp_path))
+        assert vae.encoder.enc_blocks[0].c2.weight.is_contiguous(memory_format=layout)
+        moment = optimizer.state[vae.encoder.enc_blocks[0].c2.weight]["exp_avg"]
+        assert moment.is_contiguous(memory_format=layout)
+        names = ("model.th", "model-ema.th", "opt.th")
+        contents.append([Path(f"{stem}-{name}").read_bytes() for name in names])
+    assert contents[0] == contents[1]

@@ -9,6 +9,7 @@ import torch
 from golden import figures, inputs, model
 from runs import TINY, free_port, launch, log_of
 
+import steps
 import train
 import vae as vae_module
 from batches import Images, make_preprocess
@@ -24,8 +25,11 @@ def _sum_and_squares(tensors):
     return flat.sum().item(), (flat**2).sum().item()
 
 
+@pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize("run", figures("training_steps"))
-def test_training_steps(run):
+def test_training_steps(run, late, monkeypatch):
+    """With the update decided before it, or by its own flag as on a GPU."""
+    monkeypatch.setattr(steps, "AS_ON_CUDA", late)
     expected = figures("training_steps")[run]
     H, vae = model("tiny")
     H.update(lr=2e-4, adam_beta1=0.9, adam_beta2=0.9, wd=0.01, ema_rate=0.99)
