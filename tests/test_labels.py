@@ -1,22 +1,28 @@
 """Labels in the network: tables, passes with and without, training, evaluation, resuming."""
 
 import itertools
+import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from fakes import noise, run_H
+from fakes import assert_refused, noise, run_H, write_cifar10
 from golden import generators
 from reference import PlainVAE
-from runs import SMALL, Run, check_latest, figures, hashes
+from runs import SMALL, Run, check_latest, events, figures, hashes, start
 
 from batches import EpochBatches, Images, Varied, training_batches
-from data import set_up_data
+from data import cifar10, set_up_data
+from label_choices import asked_labels
 from noise import DROPPING, chosen
 from presets import get_hparams, preset_of, shapes_of
+from train_helpers import load_vaes
 from vae import VAE
+from weights import load_model
 
 NETWORK = dict(width=8, zdim=2, num_mixtures=2, enc_blocks="8x1,8d2,4x1,4d4,1x1")
 
@@ -282,3 +288,158 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path):
                  "--label_dropout", "0"], tmp_path / "out")  # fmt: skip
     assert other.wait()[0] == 0
     assert hashes(tmp_path / "other" / "test") != hashes(tmp_path / "whole" / "test")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a run that has learnt something of the labels."""
+    folder = tmp_path_factory.mktemp("trained")
+    more = "--num_epochs 20 --lr 0.01 --ema_rate 0.9 --epochs_per_eval 20 --resume".split()
+    status, text = Run([*SMALL, *more, "--save_dir", folder], folder / "out").wait()
+    assert status == 0, text
+    return folder / "test"
+
+
+def test_swapped_labels_cost_bits(trained):
+    model = load_model(trained / "latest-model-ema.th", device="cpu")
+    H, _, valid, preprocess = set_up_data(run_H(".", "digits", device="cpu"))
+    x, target = preprocess([torch.stack([valid[i][0] for i in range(200)])])
+    labels = torch.stack([valid[i][1] for i in range(200)])
+    told = {"given": labels, "swapped": (labels + 3) % 10, "none": None}
+    bits = {
+        name: model(x, target, generators=generators(200, 0, 1), labels=l)["elbo"].item()
+        for name, l in told.items()
+    }
+    assert bits["given"] + 0.01 < bits["none"] and bits["given"] + 0.1 < bits["swapped"], bits
+
+
+def evaluated(trained, tmp_path, *more):
+    argv = [*SMALL, "--save_dir", tmp_path, "--test_eval", "--restore_ema_path",
+            trained / "latest-model-ema.th", *more]  # fmt: skip
+    status, text = Run(argv, tmp_path / "out").wait()
+    assert status == 0, text
+    [line] = [e for e in events(tmp_path / "test") if e.get("type") == "test_loss"]
+    return line
+
+
+def test_an_evaluation_says_whether_labels_are_given(trained, tmp_path):
+    given = evaluated(trained, tmp_path / "a")
+    none = evaluated(trained, tmp_path / "b", "--label", "none", "--n_batch", "7")
+    small = evaluated(trained, tmp_path / "c", "--n_batch", "7", "--iw_samples", "1")
+    assert (given["labels"], none["labels"]) == ("given", "none")
+    assert none["elbo"] > given["elbo"] + 0.01
+    assert small["elbo"] == pytest.approx(given["elbo"], abs=1e-5)
+    assert small["iw_elbo"] == pytest.approx(given["elbo"], abs=1e-5)
+
+
+def test_several_processes(trained, tmp_path):
+    """The same figure; and every table has a gradient on every rank, all labels dropped or not."""
+    argv = [*SMALL, "--num_epochs", "1", "--n_batch", "50", "--grad_accum", "1"]
+    for dropout in ("0.5", "1"):
+        runs = start(2, [*argv, "--label_dropout", dropout, "--desc", dropout], tmp_path)
+        for run in runs:
+            status, text = run.wait()
+            assert status == 0, text
+    test = [*SMALL, "--test_eval", "--restore_ema_path", trained / "latest-model-ema.th"]
+    for run in start(2, test, tmp_path):
+        status, text = run.wait()
+        assert status == 0, text
+    [line] = [e for e in events(tmp_path / "test") if e.get("type") == "test_loss"]
+    alone = evaluated(trained, tmp_path / "alone")
+    assert line["elbo"] == pytest.approx(alone["elbo"], abs=1e-5)
+    assert line["n_images"] == 200
+
+
+def test_never_without_a_label(tmp_path):
+    argv = [*SMALL, "--num_epochs", "1", "--label_dropout", "0", "--save_dir", tmp_path]
+    assert Run(argv, tmp_path / "out").wait()[0] == 0
+    weights = tmp_path / "test" / "latest-model-ema.th"
+    more = ["--test_eval", "--restore_ema_path", weights]
+    status, text = Run([*SMALL, *more, "--label", "none", "--desc", "t", "--save_dir", tmp_path],
+                       tmp_path / "out").wait()  # fmt: skip
+    assert status == 2 and "--label_dropout 0" in text.splitlines()[-1]
+    assert (
+        Run([*SMALL, *more, "--desc", "t", "--save_dir", tmp_path], tmp_path / "out").wait()[0] == 0
+    )
+    model = load_model(weights, device="cpu")
+    assert_refused(lambda: asked_labels(model.H, "none"), "--label none", "name a label")
+    assert_refused(lambda: asked_labels(model.H, None), "no --label", "name a label")
+    assert asked_labels(model.H, "3,4")(range(3)).tolist() == [3, 4, 3]
+
+
+@pytest.mark.parametrize("hps", ["photos32", "cifar10"])
+@pytest.mark.parametrize("option", ["--label none", "--label_dropout 0.5", "--labels folders",
+                                    "--image_channels 1"])  # fmt: skip
+def test_options_without_labels_are_refused(hps, option, tmp_path):
+    write_cifar10(tmp_path)
+    argv = ["--hps", hps, *option.split(), "--data_root", tmp_path, "--save_dir", tmp_path / "r"]
+    status, text = Run(argv, tmp_path / "out").wait()
+    assert status == 2 and len(text.splitlines()) == 1 and option.split()[0] in text
+    assert not (tmp_path / "r").exists()
+
+
+def test_cifar10_with_its_own_labels(tmp_path):
+    write_cifar10(tmp_path)
+    H = run_H(tmp_path, "cifar10", labels="own", device="cpu")
+    H, train, valid, _ = set_up_data(H)
+    assert H.label_names[0] == "airplane" and H.n_labels == 10 and H.image_channels == 3
+    (_, Y), (_, V), _ = cifar10(tmp_path, one_hot=False)
+    assert [int(train[i][1]) for i in range(9)] == Y[:9, 0].tolist()
+    assert [int(valid[i][1]) for i in range(9)] == V[:9, 0].tolist()
+    H, train, _, _ = set_up_data(run_H(tmp_path, "cifar10", device="cpu"))
+    assert H.n_labels == 0 and len(train[0]) == 1
+
+
+# ---- weights of other networks ---------------------------------------------------------------
+
+
+def test_init_from_weights_without_tables(trained, tmp_path):
+    """They start at zero; those of other labels are left out."""
+    ema = torch.load(trained / "latest-model-ema.th", weights_only=True)
+    bare = {name: t for name, t in ema.items() if "label_xs" not in name}
+    torch.save(bare, tmp_path / "bare.th")
+    shutil.copy(trained / "latest-model-ema.th", tmp_path / "other-model-ema.th")
+    state = json.loads((trained / "latest-state.json").read_text())
+    state["hparams"]["label_names"] = list("abcdefghij")
+    (tmp_path / "other-state.json").write_text(json.dumps(state))
+    said = []
+    for name, kept in (("bare.th", False), ("other-model-ema.th", False),
+                       (trained / "latest-model-ema.th", True)):  # fmt: skip
+        H = run_H(".", "digits", init_from=tmp_path / name)
+        network = dict(zip(SMALL[4:14:2], SMALL[5:15:2], strict=True))
+        H.update({k[2:]: type(H[k[2:]])(v) for k, v in network.items() if k[2:] in H})
+        H.update(given_options=["init_from"], mpi_size=1, local_rank=0)
+        H = set_up_data(H)[0]
+        said.clear()
+        vae, _ = load_vaes(H, lambda *words: said.append(" ".join(map(str, words))))
+        for i, table in enumerate(vae.module.decoder.label_xs):
+            assert torch.equal(table, ema[f"decoder.label_xs.{i}"]) if kept else not table.any()
+        assert torch.equal(vae.module.decoder.gain, ema["decoder.gain"])
+        assert any("tables are left out" in line for line in said) == ("other" in str(name))
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_its_own_network(tmp_path):
+    """Digits were RGB, without labels, of another network: at 7763ab1 this one was begun."""
+    run = tmp_path / "runs" / "digits"
+    shutil.copytree(Path(__file__).parent / "data" / "rgb_digits", run)
+    argv = ("--hps digits --desc digits --device cpu --n_batch 100 --warmup_iters 20 "
+            "--epochs_per_eval 1 --iters_per_print 5 --num_images_visualize 1").split()  # fmt: skip
+    argv += ["--save_dir", tmp_path / "runs"]
+    status, text = Run([*argv, "--num_epochs", "2", "--resume"], tmp_path / "out").wait()
+    assert status == 0, text
+    assert "width 4" in text and "not today's preset" in text and "8x8, RGB" in text
+    assert check_latest(run) == 26
+    assert len([e for e in events(run) if e.get("type") == "train_loss"]) >= 3
+    state = json.loads((run / "latest-state.json").read_text())["hparams"]
+    assert (state["width"], state["image_channels"], state["n_labels"]) == (4, 3, 0)
+    weights = run / "latest-model-ema.th"
+    status, text = Run([*argv, "--test_eval", "--restore_ema_path", weights], tmp_path / "o").wait()
+    assert status == 0 and "n_images: 200" in text.splitlines()[-1]
+    assert load_model(weights, device="cpu").forward_uncond_samples(2).shape == (2, 8, 8, 3)
+    # Named on the command line, today's network does not fit; nor do files without a record.
+    status, text = Run([*argv, "--width", "64", "--resume"], tmp_path / "o").wait()
+    assert status == 2 and "width is 64 now" in text.splitlines()[-1]
+    shutil.copy(weights, tmp_path / "alone.th")
+    status, text = Run([*argv, "--desc", "x", "--restore_ema_path", tmp_path / "alone.th"],
+                       tmp_path / "o").wait()  # fmt: skip
+    assert status == 2 and "none of the presets" in text.splitlines()[-1]
