@@ -247,9 +247,6 @@ def samples(args, model):
     t = temperature_of_layers(model, args.temperature)
     asked, _ = labels_asked(args, model)
     args.n = args.n or default_count(model.H, args.label)
-    if args.label is None and labels_of(model.H):
-        names = ", ".join(known_labels(model.H)[:20])
-        print(one_line(f"without labels; --label takes names of {names}, all or random"))
 
     def make(indices):
         return draw_samples(model, indices, t, **how(args), labels=labels_for(asked, indices))
@@ -270,6 +267,9 @@ def samples(args, model):
         )
 
     write_images(args, model, args.n, make, draw, asked)
+    if args.label is None and labels_of(model.H):
+        names = ", ".join(known_labels(model.H)[:20])
+        print(one_line(f"without labels; --label takes names of {names}, all or random"))
 
 
 def background_of(args, model):

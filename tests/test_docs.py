@@ -1,5 +1,6 @@
 """The pages: their links and tables, and what they do with a trained model, in their order."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -39,9 +40,10 @@ def folder(tmp_path):
     """What the first block leaves: saved_models/digits with weights and a log, and no more."""
     run = tmp_path / "saved_models" / "digits"
     run.mkdir(parents=True)
-    vae = VAE(get_hparams("digits"))
-    state = {k: weight(k, v.shape) for k, v in vae.state_dict().items()}
+    H = get_hparams("digits") | {"label_counts": [100] * 10 + [0]}
+    state = {k: weight(k, v.shape) for k, v in VAE(get_hparams("digits")).state_dict().items()}
     torch.save(state, run / "latest-model-ema.th")
+    (run / "latest-state.json").write_text(json.dumps({"hparams": H}))
     write_log(run / "log.jsonl", steps(range(100, 2000, 100)))
     return tmp_path
 

@@ -2,12 +2,15 @@
 
 import sys
 
+import pytest
 from fakes import noise, sparse_npy, tiny_network
 from runs import ROOT, environment, run_until
 
 from batches import Images, make_preprocess
+from errors import UserError
 from hps import HPARAMS_REGISTRY, get_hparams
-from image_sets import IMAGE_SETS, result_notice, target_bits
+from image_sets import IMAGE_SETS, channels_of, result_notice, target_bits
+from options import Hyperparams
 from train import evaluate
 from vae import VAE
 
@@ -42,3 +45,11 @@ def test_a_run_on_the_box_filtered_imagenet_says_so(tmp_path):
     data = Images(noise(6, 32))
     figures = evaluate(H, VAE(H), data, make_preprocess(H.dataset, "cpu"))
     assert figures["n_images"] == 6 and "not comparable" in figures["notice"]
+
+
+@pytest.mark.parametrize("channels", [0, 2, 4, "3", -1])
+def test_images_are_grey_or_rgb(channels):
+    H = Hyperparams(get_hparams("photos32"), image_channels=channels)
+    with pytest.raises(UserError, match=r"it must be 1 \(grey\) or 3 \(RGB\)"):
+        VAE(H)
+    assert channels_of(Hyperparams()) == 3 == channels_of(object())

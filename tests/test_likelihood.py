@@ -192,3 +192,53 @@ def test_the_mixtures_loss_where_no_gradient_is_wanted():
     loss = discretized_mix_logistic_loss(x, l)
     with torch.inference_mode():  # of a leaf that wants a gradient elsewhere
         assert torch.equal(discretized_mix_logistic_loss(x, l), loss)
+
+
+# ---- one channel -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_grey_levels_sum_to_1_and_are_those_of_red(seed):
+    """A grey pixel is a red one whose green and blue are certain."""
+    K = 3
+    l = _mixture(0, torch.Generator().manual_seed(seed), K)
+    grey = torch.cat([l[:K], l[K:].view(3, 3, K)[0, :2].flatten()])  # logits, means, log scales
+    levels = (torch.arange(256.0, dtype=torch.float64) - 127.5) / 127.5
+    x = levels.view(-1, 1, 1, 1)
+    nats = discretized_mix_logistic_loss(x, grey.expand(256, 1, 1, -1))  # per dimension: one
+    assert (-nats).exp().sum().item() == pytest.approx(1, abs=1e-4)
+    rgb = torch.cat([x, torch.full((256, 1, 1, 2), -1.0)], dim=-1)
+    red = 3 * discretized_mix_logistic_loss(rgb, l.expand(256, 1, 1, -1))
+    assert torch.allclose(nats, red, atol=1e-9)
+
+
+def test_grey_gradients_are_the_plain_ones():
+    torch.manual_seed(0)
+    l = (3 * torch.randn(2, 4, 4, 15)).double().requires_grad_()
+    x = (torch.randint(0, 256, (2, 4, 4, 1)).double() - 127.5) / 127.5
+    x[0, 0], x[0, 1] = -1, 1
+    for low_bit in (False, True):
+        ours, plain = (loss(x, l, low_bit) for loss in (discretized_mix_logistic_loss,
+                                                        plain_mixture_loss))  # fmt: skip
+        assert torch.allclose(ours, plain)
+        gradients = [torch.autograd.grad(loss.sum(), l)[0] for loss in (ours, plain)]
+        assert torch.allclose(*gradients) and gradients[0].isfinite().all()
+    extreme = (1e18 * torch.randn(2, 4, 4, 15)).requires_grad_()
+    [gradient] = torch.autograd.grad(
+        discretized_mix_logistic_loss(x.float(), extreme).sum(), extreme
+    )
+    assert gradient.isfinite().all()
+
+
+@torch.no_grad()
+def test_grey_samples_have_the_mixture_s_mean():
+    torch.manual_seed(0)
+    l = 0.3 * torch.randn(1, 2, 2, 9)
+    l[..., 6:] = -4  # logistics of scale e^-4
+    mean = mean_of_discretized_mix_logistic(l, 3)
+    sampled = sample_from_discretized_mix_logistic(l.expand(20_000, -1, -1, -1), 3)
+    assert sampled.shape == (20_000, 2, 2, 1) and mean.shape == (1, 2, 2, 1)
+    assert torch.allclose(sampled.mean(dim=0), mean[0], atol=0.021)
+    wide = l.clone()
+    wide[..., 6:] = 3
+    assert sample_from_discretized_mix_logistic(wide.expand(50, -1, -1, -1), 3).abs().max() == 1
