@@ -160,7 +160,8 @@ def draw_curves(path, runs):
         path: of the picture, in the format its suffix names.
         runs: {label: (train, evaluations)}, dicts of arrays of one length: step, hours and bits;
             of train also grad_norm and skip_rate; of evaluations, whose bits are those of the EMA,
-            also weights_bits_per_dim, NaN where the weights themselves were not evaluated.
+            also weights_bits_per_dim, NaN where the weights themselves were not evaluated, and
+            labels, a word: whether the evaluations were told labels ("": there are none).
     """
     with needing("matplotlib", "a picture of curves"):
         from matplotlib.figure import Figure  # slow to import
@@ -172,6 +173,8 @@ def draw_curves(path, runs):
     hours = max(train["hours"][-1] for train, _ in runs.values())
     unit, scale = ("hours", 1) if hours > 2 else ("minutes", 60)
     for i, (label, (train, evals)) in enumerate(runs.items()):
+        if told := evals.get("labels"):
+            label = f"{label} (labels: {told})"
         style = dict(color=f"C{i}", linewidth=1)
         dots = dict(marker="o", markersize=4, label=label)
         for axes, key, factor in ((by_step, "step", 1), (by_time, "hours", scale)):

@@ -73,8 +73,10 @@ def read_log(path):
                         evals.pop()
                     train.append(point)
         shared = ("step", "hours", "bits")
+        told = {event["labels"] for event in evals if "labels" in event}
         train = columns(train, (*shared, "grad_norm", "skip_rate"))
         evals = columns(evals, (*shared, "weights_bits_per_dim"))
+        evals["labels"] = " or ".join(sorted(map(str, told)))
     except OSError as error:
         raise UserError(f"{path} can't be read ({error.strerror}): name a run's folder") from None
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
@@ -101,8 +103,7 @@ def main():
     runs = {}
     for run in args.runs:
         path = Path(run, "log.jsonl") if os.path.isdir(run) else Path(run)
-        train, evals = read_log(path)
-        runs[run.rstrip("/")] = train, evals
+        runs[run.rstrip("/")] = read_log(path)
     try:
         draw_curves(args.out, runs)
     except (OSError, ValueError) as error:

@@ -6,12 +6,14 @@ import sys
 import time
 
 import imageio.v3 as imageio
+import matplotlib.text
 import numpy as np
 import pytest
 from runs import ROOT, environment
 
 import plot
 from errors import UserError
+from pictures import draw_curves
 
 
 def write_log(path, events, start=1.8e9):
@@ -93,3 +95,16 @@ def test_errors(tmp_path, content, words):
     with pytest.raises(UserError, match=words) as error:
         plot.read_log(path)
     assert "\n" not in str(error.value)
+
+
+def test_whether_labels_were_told_is_said(tmp_path, monkeypatch):
+    events = steps([10, 20])
+    write_log(tmp_path / "log", [*events[:-1], events[-1] | {"labels": "given"}])
+    train, evals = plot.read_log(tmp_path / "log")
+    assert evals["labels"] == "given"
+    written, text = [], matplotlib.text.Text.set_text
+    monkeypatch.setattr(
+        matplotlib.text.Text, "set_text", lambda self, s: written.append(s) or text(self, s)
+    )
+    draw_curves(tmp_path / "c.png", {"run": (train, evals)})
+    assert "run (labels: given)" in written
