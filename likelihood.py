@@ -165,7 +165,7 @@ def sample_from_discretized_mix_logistic(l, nr_mix):
     index = component[..., None, None].expand(*means.shape[:-1], 1)
     mean, log_scale = (t.gather(-1, index).squeeze(-1) for t in (means, log_scales))
     # Each is (N, H, W, 3).
-    c = coefficients.gather(-1, index).unbind(-2) if coefficients.numel() else ()
+    c = coefficients.gather(-1, index).unbind(-2) if coefficients.shape[-1] else ()
     u = fill_noise(mean.shape, mean, _uniform)  # (N, H, W, 3)
     x = mean + log_scale.exp() * (torch.log(u) - torch.log(1 - u))
     return torch.stack(_tied(x.unbind(-1), [row.squeeze(-1) for row in c]), dim=-1)

@@ -116,6 +116,8 @@ def take_network(H):
     if not (ema or weights):
         return False
     path, given, new = fetched(ema or weights), H.given_options or (), setting(H, "init_from")
+    if not os.path.exists(path):  # which load_vaes then says
+        return False
     state, old = state_beside(path) or (None, {})
     recorded = {"enc_blocks", "dec_blocks", "image_channels"} <= old.keys()
     if new or H.given_options is None or not recorded:  # a program names all that it wants

@@ -110,7 +110,7 @@ def write_sample_folder(folder):
     """ema.th, weights of the preset digits; a.png and b.jpg, pictures of another size."""
     state = {k: weight(k, v.shape) for k, v in VAE(get_hparams("digits")).state_dict().items()}
     for name in state:  # so that another image makes another picture, not its noise alone
-        state[name] *= 2.8 if name.startswith("encoder.") else 2 if ".enc." in name else 1
+        state[name] *= 4 if name.startswith("encoder.") else 3 if ".z_proj." in name else 1
     torch.save(state, folder / "ema.th")
     pixels = np.random.RandomState(0).randint(0, 256, (2, 20, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels[0]).save(folder / "a.png")

@@ -217,7 +217,7 @@ def test_own_npy(tmp_path):
     assert np.isclose(H.image_mean, images[splits[0]].mean())
     assert np.isclose(H.image_std, images[splits[0]].std())
     assert_refused(lambda: set_up_data(own_H(path, 16)), "(40, 8, 8, 3), not uint8 (40, 16, 16, 3)")
-    for bad in (images.astype(np.int16), images[..., :1], images[:, :4], images[0, 0, 0]):
+    for bad in (images.astype(np.int16), images[..., :2], images[:, :4], images[0, 0, 0]):
         np.save(path, bad)
         assert_refused(lambda: set_up_data(own_H(path, None)), path, str(bad.dtype), bad.shape)
     path.write_bytes(b"x")

@@ -65,7 +65,8 @@ SIGNATURES = {
     train.eval_step: "(data_input, target, ema_vae)",
     train.train_loop: "(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)",
     train.evaluate: "(H, ema_vae, data_valid, preprocess_fn)",
-    train.write_images: "(H, ema_vae, viz_batch_original, viz_batch_processed, fname, logprint)",
+    train.write_images: "(H, ema_vae, viz_batch_original, viz_batch_processed, fname, logprint, "
+    "labels=None)",
     train.run_test_eval: "(H, ema_vae, data_test, preprocess_fn, logprint)",
     train.get_sample_for_visualization: "(data, preprocess_fn, num, dataset)",
     train.main: "()",
