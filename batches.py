@@ -160,9 +160,14 @@ class _Loader(DataLoader):
         try:
             with naming_shortages():
                 iterator = super().__iter__()
-                if self.num_workers:
-                    _iterators.add(iterator)
-                yield from iterator
+                if not self.num_workers:
+                    yield from iterator
+                    return
+                _iterators.add(iterator)
+                try:
+                    yield from iterator
+                finally:  # left to the garbage collector, a worker may outlive its iterator
+                    iterator._shutdown_workers()
         except UserError as error:
             # A worker's error arrives with the traceback put before it, all made one line.
             raise UserError(str(error).rpartition("UserError: ")[2].removesuffix(r"\n")) from None

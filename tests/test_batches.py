@@ -149,3 +149,28 @@ def test_preprocess_is_that_of_the_data_set():
     for wrong in (images.astype(np.float32), images[:, :3], images[0]):
         with pytest.raises(UserError, match=r"uint8 \(N, 4, 4, 3\)"):
             preprocess(wrong, H)
+
+
+def test_a_program_that_outlives_a_loader_s_error_ends():
+    """Its workers end with their iterator: left to the garbage collector, they hung at the exit."""
+    program = """
+import gc
+from batches import Images, make_loader
+from errors import UserError
+from options import Hyperparams
+class Bad:
+    def __len__(self):
+        return 10
+    def __getitem__(self, numbers):
+        raise UserError("a bad image")
+try:
+    list(make_loader(Hyperparams(device="cpu", num_workers=1), Images(Bad()), batch_size=2))
+except UserError as error:
+    print(error)
+gc.collect()
+import multiprocessing
+print(multiprocessing.active_children())
+"""
+    done = subprocess.run([sys.executable, "-c", program], env=environment(PYTHONPATH=str(ROOT)),
+                          capture_output=True, text=True, timeout=60)  # fmt: skip
+    assert (done.returncode, done.stdout) == (0, "a bad image\n[]\n"), done.stderr
