@@ -20,7 +20,7 @@ from tqdm import tqdm
 from errors import UserError, one_line, remedy_of
 from files import replace, sha256
 from image_sets import channels_of
-from pictures import picture_of
+from pictures import picture_of, strip
 from weights import weights_hash
 
 GRID_LIMIT = 1024  # images of a grid; a larger one is nothing to look at
@@ -33,6 +33,14 @@ FILES = {
     "score": ("scores go", "scores.csv", ".csv"),
     "export": ("a model goes", "model.safetensors", ".safetensors"),
 }
+
+
+# Commands that make a sequence, and the suffixes of moving pictures.
+MOVING, MOTION = ("interpolate", "progressive"), (".gif", ".webp")
+
+FRAMES_PER_SECOND = 8
+
+WIDEST = {".gif": 65535, ".webp": 16383}  # pixels, as their formats have it
 
 
 def check_out(args):
@@ -48,10 +56,13 @@ def check_out(args):
         if suffix != wanted:
             raise UserError(f"--out {args.out}: {what} to NAME{wanted}, name one")
         return
+    if suffix in MOTION and args.command in MOVING:
+        return
     if suffix == ".npy" or suffix != ".png" and suffix in Image.registered_extensions():
+        also = f"; of {', '.join(MOVING)} also to {', '.join(MOTION)}" if suffix in MOTION else ""
         raise UserError(
             f"--out {args.out}: images go to NAME.png, NAME.npz or a folder, whose name must not "
-            f"end in {suffix}"
+            f"end in {suffix}{also}"
         )
 
 
@@ -295,7 +306,40 @@ class Grid:
         replace(self.out, lambda path: picture.save(path, "PNG"))
 
 
-def write_images(args, model, n, make, draw, labels=None):
+class Motion:
+    """A moving picture, for ever: frames of `n_frame` images side by side, as large as in a Grid.
+
+    A .webp keeps every level; a .gif has 256 colours a frame.
+    """
+
+    remedy = ""
+
+    def __init__(self, args, n_frame):
+        check_free(args)
+        self.out, self.n_frame, self.images, self.done = args.out, n_frame, [], 0
+
+    def write(self, images):
+        self.images.append(images)
+
+    def finish(self, n):
+        images, suffix = np.concatenate(self.images), Path(self.out).suffix.lower()
+        frames = [strip(images[i : i + self.n_frame]) for i in range(0, n, self.n_frame)]
+        if frames[0].width > WIDEST[suffix]:
+            raise UserError(
+                f"{self.n_frame} images in a row are {frames[0].width} pixels wide, a {suffix} has "
+                f"{WIDEST[suffix]} at most: take fewer, or another --out"
+            )
+        time = 1000 / FRAMES_PER_SECOND  # milliseconds
+        if suffix == ".gif":  # which counts in hundredths of a second
+            ends = [round(i * time / 10) * 10 for i in range(len(frames) + 1)]
+            options = {"format": "GIF", "duration": np.diff(ends).tolist()}
+        else:
+            options = {"format": "WEBP", "duration": round(time), "lossless": True}
+        options |= {"save_all": True, "append_images": frames[1:], "loop": 0}
+        replace(self.out, lambda path: frames[0].save(path, **options))
+
+
+def write_images(args, model, n, make, draw, labels=None, n_frame=1):
     """Makes images 0 to n - 1 and writes them to args.out, a batch at a time.
 
     Args:
@@ -303,16 +347,18 @@ def write_images(args, model, n, make, draw, labels=None):
         make: indices (a range) → their images, uint8 (len, S, S, c).
         draw: all images → the labelled grid.
         labels: indices → their labels, int64 (len,), which an .npz holds too.
+        n_frame: images of a frame, where they move.
 
     Raises:
         UserError: if args.out exists, is too large a grid or can't be written.
     """
-    kind = {".png": Grid, ".npz": NpzFile}.get(Path(args.out).suffix.lower(), Folder)
-    if kind is Grid and n > GRID_LIMIT:
+    kinds = {".png": Grid, ".npz": NpzFile} | dict.fromkeys(MOTION, Motion)
+    kind = kinds.get(Path(args.out).suffix.lower(), Folder)
+    if kind in (Grid, Motion) and n > GRID_LIMIT:
         raise UserError(f"{n} images in one grid are too many: give --out a .npz or a folder")
     with writing(args, kind.remedy):
-        if kind is Grid:
-            sink = Grid(args, draw)
+        if kind in (Grid, Motion):
+            sink = kind(args, draw if kind is Grid else n_frame)
         else:
             size, channels = model.H.image_size, channels_of(model.H)
             of_kind = {NpzFile: ((size, size, channels), labels), Folder: ()}

@@ -37,6 +37,23 @@ def picture_of(image):
     return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
 
 
+def _cell(size, columns):
+    """The side of an image of `size` pixels in a grid of so many columns."""
+    return size * math.ceil((128 if columns <= 12 else 64) / size)
+
+
+def strip(images):
+    """A PIL image of images, uint8 (n, S, S, c), side by side, as large as in labelled_grid."""
+    n, size = images.shape[:2]
+    cell = _cell(size, n)
+    gap = max(4, cell // 32)
+    row = [picture_of(image).resize((cell, cell), Image.Resampling.NEAREST) for image in images]
+    canvas = Image.new(row[0].mode, (n * (cell + gap) - gap, cell), "white")
+    for column, image in enumerate(row):
+        canvas.paste(image, (column * (cell + gap), 0))
+    return canvas
+
+
 def labelled_grid(rows, row_labels, column_labels=(), title=""):
     """A PIL image, RGB, of rows of images, each uint8 (n, S, S, c), on white with their labels.
 
@@ -45,7 +62,7 @@ def labelled_grid(rows, row_labels, column_labels=(), title=""):
     of files for example: what is no printable character is escaped.
     """
     size, columns = rows[0].shape[1], max(map(len, rows))
-    cell = size * math.ceil((128 if columns <= 12 else 64) / size)
+    cell = _cell(size, columns)
     gap = max(4, cell // 32)
     font = Font(min(max(13, cell // 12), 40))
     line, title, row_labels = font.line, one_line(title), [*map(one_line, row_labels)]

@@ -94,7 +94,8 @@ def add_common_options(parser, in_command):
         action="store_true")  # fmt: skip
     group = parser.add_argument_group("output")
     add(group, "out", None, "NAME.png: labelled grid; NAME.npz: arr_0, uint8 (n, S, S, 3); other "
-        "names: folder of PNGs (none: COMMAND.png; encode: latents.npz, embed: embeddings.npz, "
+        "names: folder of PNGs; of interpolate, progressive also NAME.gif, NAME.webp (none: "
+        "COMMAND.png; encode: latents.npz, embed: embeddings.npz, "
         "score: scores.csv, export: model.safetensors)",
         type=options.path)  # fmt: skip
     add(group, "force", False, "replace what is there", action="store_true")
@@ -381,7 +382,7 @@ def progressive(args, model):
         title = f"{name_of(model, args)}: {what}layers to come at t = {args.rest:g}"
         return labelled_grid(rows, names, columns, title)
 
-    write_images(args, model, len(ends) * n, make, draw)
+    write_images(args, model, len(ends) * n, make, draw, n_frame=n)
 
 
 def encode(args, model):

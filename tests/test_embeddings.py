@@ -21,14 +21,21 @@ def model_of(preset, **options):
     return model
 
 
+# Layers: two at 1x1, three at 8x8, two at 32x32.
+SMALL = {
+    "width": 16, "zdim": 4, "num_mixtures": 2, "custom_width_str": "",
+    "enc_blocks": "32x1,32d4,8x1,8d8,1x1", "dec_blocks": "1x2,8m1,8x2,32m8,32x1",
+}  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def model():
-    return model_of("digits")
+    return model_of("cifar10", **SMALL)
 
 
 @pytest.fixture(scope="module")
 def x(model):
-    return preprocess(noise(14, 8), model.H)[0]
+    return preprocess(noise(14, 32), model.H)[0]
 
 
 def test_an_embedding_is_the_same_each_time_and_draws_nothing(model, x):
@@ -37,7 +44,7 @@ def test_an_embedding_is_the_same_each_time_and_draws_nothing(model, x):
     assert torch.equal(torch.get_rng_state(), before)
     torch.manual_seed(5)
     assert torch.equal(model.embed(x), e)
-    assert e.dtype == torch.float32 and e.shape == (14, 8 * (2 + 4 * 16 + 5 * 64))
+    assert e.dtype == torch.float32 and e.shape == (14, 4 * (2 + 3 * 64 + 2 * 1024))
     for size in (1, 7):
         parts = torch.cat([model.embed(part) for part in x.split(size)])
         assert ((parts - e).abs().amax(dim=0) <= 1e-4 * e.std(dim=0)).all()
@@ -52,19 +59,19 @@ def test_it_is_the_means_of_the_posterior_in_the_order_of_public_code(model, x):
     # Deeper means depend on the z above: of drawn ones they are others.
     drawn = model.forward_get_latents(x, get_gaussians=True)
     assert torch.equal(drawn[0]["qm"], stats[0]["qm"])
-    assert not torch.allclose(drawn[5]["qm"], stats[5]["qm"], atol=1e-3)
+    assert not torch.allclose(drawn[4]["qm"], stats[4]["qm"], atol=1e-3)
 
 
 def test_layers_or_a_resolution(model, x):
     whole = model.embed(x)
     for given, width in (
-        ({"layers": 1}, 8), ({"layers": 6}, 528), ({"resolution": 1}, 16), ({"resolution": 4}, 528),
+        ({"layers": 1}, 4), ({"layers": 5}, 776), ({"resolution": 1}, 8), ({"resolution": 8}, 776),
     ):  # fmt: skip
         assert torch.equal(model.embed(x, **given), whole[:, :width])
     for given, words in (
-        ({"layers": 12}, "layers 12: this model has 11 layers"),
-        ({"layers": 0}, "layers 0: this model has 11"),
-        ({"resolution": 2}, "resolution 2: .* 1, 4, 8"),
+        ({"layers": 8}, "layers 8: this model has 7 layers"),
+        ({"layers": 0}, "layers 0: this model has 7"),
+        ({"resolution": 2}, "resolution 2: .* 1, 8, 32"),
         ({"layers": 2, "resolution": 4}, "leave one of them out"),
     ):
         with pytest.raises(UserError, match=words):
@@ -84,19 +91,19 @@ def test_imagenet64_gives_the_numbers_of_public_code():
 
 def test_unflatten_is_the_way_back(model, x):
     stats = model.forward_get_latents(x, mean=True)
-    for k in (1, 6, 11):
+    for k in (1, 5, 7):
         e = model.embed(x, layers=k)
         for rows in (e, e.numpy(), e.double().numpy(), e.double()):
             found = model.unflatten(rows)
             assert len(found) == k and all(z.dtype == torch.float32 for z in found)
             assert all(torch.equal(z, s["z"]) for z, s in zip(found, stats, strict=False))
-    half = model.unflatten(model.embed(x, layers=6).half().numpy())
-    assert torch.allclose(half[5], stats[5]["z"], rtol=1e-3, atol=1e-3)
+    half = model.unflatten(model.embed(x, layers=5).half().numpy())
+    assert torch.allclose(half[4], stats[4]["z"], rtol=1e-3, atol=1e-3)
     decoded = model.forward_samples_set_latents(14, model.unflatten(model.embed(x)), mean=True)
     direct = model.forward_samples_set_latents(14, [s["z"] for s in stats], mean=True)
     assert np.array_equal(decoded, direct)
     for rows, words in (
-        (np.zeros((2, 9)), "9 numbers .* 8, 16, 144"),
+        (np.zeros((2, 9)), "9 numbers .* 4, 8, 264"),
         (np.zeros((2, 8), int), "int64 .*floats"),
         (np.zeros(8), "a row an image"),
     ):
@@ -105,10 +112,10 @@ def test_unflatten_is_the_way_back(model, x):
 
 
 def test_what_is_no_input_is_refused(model, x):
-    for images in (noise(2, 8), torch.from_numpy(noise(2, 8))):
+    for images in (noise(2, 32), torch.from_numpy(noise(2, 32))):
         with pytest.raises(UserError, match=r"uint8.*preprocess\(images, model.H\)"):
             model.embed(images)
-    with pytest.raises(UserError, match=r"\(14, 8, 4, 3\)"):
+    with pytest.raises(UserError, match=r"\(14, 32, 4, 3\)"):
         model.embed(x[:, :, :4])
 
 

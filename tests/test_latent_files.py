@@ -41,17 +41,17 @@ def content(path):
 
 def test_the_file_of_embed(run, capsys):
     run("embed pngs a.png --resolution 4 --n_batch 4")
-    assert "12 images, 528 numbers each: 0.0 MiB" in capsys.readouterr().out
+    assert "12 images, 392 numbers each: 0.0 MiB" in capsys.readouterr().out
     found, model = content("embeddings.npz"), load_model("ema.th", device="cpu")
     assert found.keys() == {"embeddings", "images", "layers", "labels", "preset", "weights"}
     paths = [f"pngs/{i:02}.png" for i in range(11)] + ["a.png"]
     assert found["images"].tolist() == paths and str(found["preset"]) == "digits"
-    assert found["layers"].tolist() == [[8, 1, 1]] * 2 + [[8, 4, 4]] * 4
-    assert found["labels"].tolist() == [-1] * 12 and str(found["weights"]) == weights_hash(model)
-    direct = model.embed(preprocess(read_images(paths, 8), model.H)[0], layers=6)
+    assert found["layers"].tolist() == [[8, 1, 1]] + [[8, 4, 4]] * 3
+    assert found["labels"].tolist() == [""] * 12 and str(found["weights"]) == weights_hash(model)
+    direct = model.embed(preprocess(read_images(paths, 8), model.H)[0], layers=4)
     assert found["embeddings"].dtype == np.float32
     assert np.allclose(found["embeddings"], direct, atol=1e-4)
-    run("embed pngs a.png --layers 6 --n_batch 4 --seed 9 --out again.npz")  # nothing is drawn
+    run("embed pngs a.png --layers 4 --n_batch 4 --seed 9 --out again.npz")  # nothing is drawn
     assert np.array_equal(content("again.npz")["embeddings"], found["embeddings"])
 
 
@@ -105,17 +105,17 @@ def test_decode_takes_it(run, tmp_path):
         run(f"decode {name} --mean --n_batch 3 --out of_{name}")
         assert np.array_equal(arr_0(f"of_{name}"), arr_0("d.npz"))
     run("decode e.npz --layers 3 --seed 4 --out three.npz")
-    np.savez("e3.npz", embeddings=rows[:, : 8 + 8 + 128])
+    np.savez("e3.npz", embeddings=rows[:, : 8 + 128 + 128])
     run("decode e3.npz --seed 4 --out of_e3.npz")
     assert np.array_equal(arr_0("three.npz"), arr_0("of_e3.npz"))
     np.savez("width.npz", embeddings=rows[:, :100])
     np.savez("nan.npz", embeddings=rows + np.nan)
     np.savez("int.npz", embeddings=rows.astype(int))
-    np.savez("layers.npz", embeddings=rows[:, :16], layers=np.array([[16, 1, 1]]))
+    np.savez("layers.npz", embeddings=rows[:, :8], layers=np.array([[2, 2, 2]]))
     np.savez("empty.npz", embeddings=rows[:0])
     (tmp_path / "cut.npz").write_bytes((tmp_path / "e.npz").read_bytes()[:-3000])
     for name, words in (
-        ("width", "100 numbers an image, where .* 8, 16, 144"),
+        ("width", "100 numbers an image, where .* 8, 136, 264"),
         ("nan", "not finite"),
         ("int", "not floats"),
         ("layers", "its layers are of other shapes"),
@@ -140,8 +140,8 @@ def test_rows_are_read_in_bounded_memory(tmp_path):
 def test_a_disk_without_room_is_told_first(run, monkeypatch, tmp_path):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(UserError, match=r"needs 46,464 bytes.*1,000 free"):
-        run("embed pngs --layers 6 --out e.npz --force")
+    with pytest.raises(UserError, match=r"needs 34,496 bytes.*1,000 free"):
+        run("embed pngs --layers 4 --out e.npz --force")
     assert not (tmp_path / "e.npz").exists()
 
 

@@ -194,3 +194,35 @@ def test_grids(run, line, width, height):
     assert width < picture.width < width + 250 and height < picture.height < height + 50
     pixels = np.asarray(picture)
     assert (pixels[: picture.height - height] < 128).any()
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp"])
+def test_motion_has_a_frame_a_step(run, suffix):
+    run(f"interpolate a.png b.jpg --steps 9 --out m.{suffix}")
+    run("interpolate a.png b.jpg --steps 9 --out m.npz")
+    run(f"progressive --n 3 --out p.{suffix} --n_batch 2")
+    run("progressive --n 3 --out p.npz --n_batch 2")
+    for name, n_frame in (("m", 1), ("p", 3)):
+        images = arr_0(f"{name}.npz")
+        images = images.reshape(-1, n_frame, *images.shape[1:])
+        picture = Image.open(f"{name}.{suffix}")
+        assert picture.n_frames == len(images) and picture.info["loop"] == 0
+        total = 0
+        for frame, row in enumerate(images):
+            picture.seek(frame)
+            picture.load()
+            total += picture.info["duration"]
+            pixels = np.asarray(picture.convert("RGB"))
+            assert pixels.shape == (128, n_frame * 132 - 4, 3)
+            for column, image in enumerate(row):
+                small = pixels[8::16, column * 132 + 8 : column * 132 + 128 : 16]
+                # A palette of 256 colours has all of 64 pixels.
+                assert np.array_equal(small, np.broadcast_to(image, (8, 8, 3)))
+        assert abs(total - 125 * len(images)) <= 5
+
+
+def test_other_commands_and_too_wide_a_row_make_no_motion(run):
+    with pytest.raises(UserError, match="must not end in .gif; of interpolate, progressive also"):
+        run("samples --out s.gif")
+    with pytest.raises(UserError, match="pixels wide, a .webp has 16383 at most"):
+        run("progressive --n 250 --out wide.webp")
