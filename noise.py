@@ -36,11 +36,33 @@ def chosen(probability, indices, *key):
 
 
 class _OfImages:
-    """The generators of a batch's images; `draws` counts the tensors that came from them."""
+    """The generators of a batch's images; `draws` counts the tensors that came from them.
+
+    `plan` and `drawn` are those of ahead.Generators.
+    """
 
     def __init__(self, generators):
         self.generators = generators
+        self.plan = getattr(generators, "plan", None)
+        self.drawn = getattr(generators, "drawn", None)
         self.draws = 0
+
+    def given(self, shape, dtype, fill):
+        """The tensor that was drawn ahead for this call; None where none was, or for another."""
+        if self.drawn is None:
+            if self.plan is not None and dtype == torch.float32:
+                self.plan.append((tuple(shape[1:]), fill))
+            return None
+        wanted = (tuple(shape), fill, dtype)
+        if self.draws < len(self.drawn):
+            t = self.drawn[self.draws]
+            if (tuple(t.shape), self.plan[self.draws][1], t.dtype) == wanted:
+                return t
+        for row, passed in self.plan[: self.draws]:  # what the generators have given meanwhile
+            for generator in self.generators:
+                passed(torch.empty(row), generator=generator)
+        self.drawn = self.plan = None
+        return None
 
 
 class _Here(threading.local):
@@ -191,7 +213,10 @@ def fill_noise(shape, like, fill):
             raise ValueError(f"no noise of shape {tuple(shape)} was drawn before this pass")
         return drawn.tensors[drawn.place - 1]
     assert len(own.generators) == shape[0]
+    given = own.given(shape, like.dtype, fill)
     own.draws += 1
+    if given is not None:
+        return given
     rows = torch.empty(shape, dtype=like.dtype)
     for row, generator in zip(rows, own.generators, strict=True):
         fill(row, generator=generator)

@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 import options
+from ahead import Ahead
 from batches import preprocess
 from endings import run_command
 from errors import UserError, one_line, reason_of
@@ -209,9 +210,14 @@ def name_of(model, args):
 def samples(args, model):
     t = per_block(model, args.temperature)
 
+    generators = Ahead(
+        next(model.parameters()).device,
+        (args.seed, SAMPLING),
+        lambda batch: range(batch[-1] + 1, min(batch[-1] + 1 + args.n_batch, args.n)),
+    )
+
     def make(indices):
-        generators = noise(args, SAMPLING, indices)
-        return model.forward_uncond_samples(len(indices), t, generators, args.mean)
+        return model.forward_uncond_samples(len(indices), t, generators(indices), args.mean)
 
     def draw(images):
         columns = min(args.n, max(8, math.ceil(math.sqrt(args.n))))

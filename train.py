@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from ahead import Ahead
 from batches import make_loader, training_batches
 from bounds import LayerRates, distortion_and_rates, importance_weighted_elbo, nats_to_bits
 from checkpoints import remove_old_checkpoints, write_checkpoint
@@ -125,6 +126,12 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         "n_images n_batches n_finite elbo finite_elbo distortion rate iw_elbo stopped foreign_noise"
         .split(), 0.0
     )  # fmt: skip
+    device, step = next(ema_vae.parameters()).device, world().size
+    of_images = Ahead(
+        device,
+        (seed, EVALUATION),
+        lambda batch: range(batch[-1] + step, len(data_valid), step)[: H.n_batch],
+    )
     widths = [block.zdim for block in ema_vae.decoder.dec_blocks]
     rate_per_layer = torch.zeros(len(widths), dtype=torch.float64)
     kl_per_channel = torch.zeros(sum(widths), dtype=torch.float64)
@@ -138,7 +145,7 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         x, target = preprocess_fn(batch)
         with (
             forward_precision(setting(H, "precision"), x.device),
-            noise_of_images(image_generators(indices, seed, EVALUATION)) as noise,
+            noise_of_images(of_images(indices)) as noise,
         ):
             channels = []  # of each layer, (N, Z)
             distortion, rates = distortion_and_rates(ema_vae, x, target, channels)
@@ -163,7 +170,6 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         sums["foreign_noise"] += noise.draws < len(rates)
         rate_per_layer += rates.sum(dim=1)
         kl_per_channel += torch.cat(channels, dim=1).double().sum(dim=0).cpu()
-    device = next(ema_vae.parameters()).device
     totals = [*sums.values(), *rate_per_layer, *kl_per_channel]
     totals = allreduce(torch.tensor(totals, dtype=torch.float64, device=device), average=False)
     sizes = [len(sums), len(widths), sum(widths)]

@@ -12,10 +12,10 @@ ROOT = Path(__file__).parent.parent
 # A room may import from those before it; so there is no circle.
 ORDER = (
     "interrupts errors files file_kinds file_systems resources image_sets options launchers "
-    "processes turns logs endings noise fused likelihood bounds block_strings hps torch_files "
-    "downloads utils vae_helpers vae presets decoding image_files batches packing own_images "
-    "records weights starting data checkpoints run_folder resuming optimizers steps fonts pictures "
-    "reports train_helpers train outputs sample plot files_to_npy"
+    "processes turns logs endings noise ahead fused likelihood bounds block_strings hps "
+    "torch_files downloads utils vae_helpers vae presets decoding image_files batches packing "
+    "own_images records weights starting data checkpoints run_folder resuming optimizers steps "
+    "fonts pictures reports train_helpers train outputs sample plot files_to_npy"
 ).split()
 
 
