@@ -120,19 +120,25 @@ def draws_alone(shapes, like, state):
     That is the default generator of `like`'s device, which is left as it is found. (A sampler of a
     program's own, or dropout, draws besides.)
     """
-    cuda = like.is_cuda
     found = generator_state(like)
-    set_state = torch.cuda.set_rng_state if cuda else torch.set_rng_state
-    set_state(state, *[like.device] * cuda)
+    set_generator_state(like, state)
     draw_normals(shapes, like)
     same = torch.equal(generator_state(like), found)
-    set_state(found, *[like.device] * cuda)
+    set_generator_state(like, found)
     return same
 
 
 def generator_state(like):
     """The state of the default generator of `like`'s device, bytes on the CPU."""
     return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
+
+
+def set_generator_state(like, state):
+    """Puts a generator_state back."""
+    if like.is_cuda:
+        torch.cuda.set_rng_state(state, like.device)
+    else:
+        torch.set_rng_state(state)
 
 
 def noise_shapes(vae, n):

@@ -25,6 +25,7 @@ from endings import Stopped, heartbeat, run_command, stop
 from errors import MissingFiles, UserError, remedy_of
 from files import replace
 from fused import forward_precision
+from graphs import steps_of
 from image_sets import IMAGE_SETS, result_notice
 from launchers import world
 from logs import buffer_log, show_log
@@ -314,6 +315,8 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
     optimizer, scheduler, cur_eval_loss, iterate, starting_epoch = load_opt(H, vae, logprint)
     models, at = (vae, ema_vae, optimizer), Progress(H, iterate, starting_epoch, cur_eval_loss)
     seed, max_skips, patience = (setting(H, name) for name in ("seed", "max_skips", "patience"))
+    means = get_cpu_stats_over_ranks, update_ema
+    steps = steps_of(H, models, training_step is _own_step, means)
     batches, loader = training_batches(H, data_train)
     global_batch = batches.n_batch * batches.size  # images of a step
     logprint(
@@ -329,7 +332,7 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
         logprint(f"nothing left to do: --patience {patience}: {best_report(at)}")
         return
 
-    steps, unread = Steps(H, *models), Unread(at, max_skips)
+    unread = Unread(at, max_skips)
     intervals = H.iters_per_print, H.iters_per_images, H.iters_per_ckpt, H.iters_per_save
     bar = progress_bar(H.num_epochs * len(batches), at.step)
     for at.epoch in range(starting_epoch, H.num_epochs):

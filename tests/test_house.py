@@ -15,7 +15,7 @@ ORDER = (
     "processes turns logs endings noise ahead fused likelihood bounds block_strings hps "
     "torch_files downloads utils vae_helpers vae presets decoding image_files batches packing "
     "own_images records weights starting data checkpoints run_folder resuming optimizers steps "
-    "fonts pictures reports train_helpers train outputs sample plot files_to_npy"
+    "graphs fonts pictures reports train_helpers train outputs sample plot files_to_npy"
 ).split()
 
 
