@@ -38,12 +38,32 @@ def chosen(probability, indices, *key):
 class _OfImages:
     """The generators of a batch's images; `draws` counts the tensors that came from them.
 
-    _NO_NOISE in place of generators makes zeros.
+    _NO_NOISE in place of generators makes zeros. `plan` and `drawn` are those of
+    ahead.Generators.
     """
 
     def __init__(self, generators):
         self.generators = generators
+        self.plan = getattr(generators, "plan", None)
+        self.drawn = getattr(generators, "drawn", None)
         self.draws = 0
+
+    def given(self, shape, dtype, fill):
+        """The tensor that was drawn ahead for this call; None where none was, or for another."""
+        if self.drawn is None:
+            if self.plan is not None and dtype == torch.float32:
+                self.plan.append((tuple(shape[1:]), fill))
+            return None
+        wanted = (tuple(shape), fill, dtype)
+        if self.draws < len(self.drawn):
+            t = self.drawn[self.draws]
+            if (tuple(t.shape), self.plan[self.draws][1], t.dtype) == wanted:
+                return t
+        for row, passed in self.plan[: self.draws]:  # what the generators have given meanwhile
+            for generator in self.generators:
+                passed(torch.empty(row), generator=generator)
+        self.drawn = self.plan = None
+        return None
 
 
 _NO_NOISE = object()  # in place of generators
@@ -114,19 +134,25 @@ def draws_alone(shapes, like, state):
     That is the default generator of `like`'s device, which is left as it is found. (A sampler of a
     program's own, or dropout, draws besides.)
     """
-    cuda = like.is_cuda
     found = generator_state(like)
-    set_state = torch.cuda.set_rng_state if cuda else torch.set_rng_state
-    set_state(state, *[like.device] * cuda)
+    set_generator_state(like, state)
     draw_normals(shapes, like)
     same = torch.equal(generator_state(like), found)
-    set_state(found, *[like.device] * cuda)
+    set_generator_state(like, found)
     return same
 
 
 def generator_state(like):
     """The state of the default generator of `like`'s device, bytes on the CPU."""
     return torch.cuda.get_rng_state(like.device) if like.is_cuda else torch.get_rng_state()
+
+
+def set_generator_state(like, state):
+    """Puts a generator_state back."""
+    if like.is_cuda:
+        torch.cuda.set_rng_state(state, like.device)
+    else:
+        torch.set_rng_state(state)
 
 
 def noise_shapes(vae, n):
@@ -206,10 +232,14 @@ def fill_noise(shape, like, fill):
         if drawn.place > len(drawn.tensors) or drawn.tensors[drawn.place - 1].shape != shape:
             raise ValueError(f"no noise of shape {tuple(shape)} was drawn before this pass")
         return drawn.tensors[drawn.place - 1]
-    own.draws += 1
     if own.generators is _NO_NOISE:
+        own.draws += 1
         return torch.zeros(shape, dtype=like.dtype, device=like.device)
     assert len(own.generators) == shape[0]
+    given = own.given(shape, like.dtype, fill)
+    own.draws += 1
+    if given is not None:
+        return given
     rows = torch.empty(shape, dtype=like.dtype)
     for row, generator in zip(rows, own.generators, strict=True):
         fill(row, generator=generator)

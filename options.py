@@ -167,8 +167,8 @@ OPTIONS = {
         ("checkpoint_activations", bool, False, "a third more time, a fraction of the memory"),
         ("grad_accum", count, 1, "batches of n_batch per step and process"),
         ("compile", bool, False, "torch.compile the residual blocks"),
-        ("cuda_graphs", bool, False, "the same, on CUDA as graphs (mode reduce-overhead)"),
-        ("cudnn_benchmark", bool, False, "CUDA: the fastest convolutions, by trial at the start"),
+        ("cuda_graphs", bool, False, "CUDA: a step as one graph (never run on a GPU)"),
+        ("cudnn_benchmark", bool, False, "CUDA: convolutions chosen by trial (never run on a GPU)"),
     ],
     "logging": [
         ("iters_per_print", count, 1000, "steps between log lines, which average over them"),

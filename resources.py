@@ -109,5 +109,5 @@ def try_compiler(device):
         reason = (named or lines)[0].strip()[:200]
         raise UserError(
             f"--compile: torch.compile can't compile for {device} here ({reason}): install a C++ "
-            f"compiler (g++, or one that CXX names), or leave --compile and --cuda_graphs out"
+            f"compiler (g++, or one that CXX names), or leave --compile out"
         ) from None

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import options
+from ahead import Ahead
 from batches import of_channels
 from embeddings import layers_to_keep, resolutions_of
 from endings import run_command
@@ -249,8 +250,17 @@ def samples(args, model):
     asked, _ = labels_asked(args, model)
     args.n = args.n or default_count(model.H, args.label)
 
+    ahead = Ahead(
+        next(model.parameters()).device,
+        (args.seed, SAMPLING),
+        lambda batch: range(batch[-1] + 1, min(batch[-1] + 1 + args.n_batch, args.n)),
+    )
+
     def make(indices):
-        return draw_samples(model, indices, t, **how(args), labels=labels_for(asked, indices))
+        labels = labels_for(asked, indices)
+        return draw_samples(
+            model, indices, t, **how(args), labels=labels, generators=ahead(indices)
+        )
 
     def draw(images):
         title = f"{name_of(model, args)}: samples, {words_of(args.temperature)}, seed {args.seed}"

@@ -27,7 +27,7 @@ from processes import allreduce
 AS_ON_CUDA = False
 
 
-def _is_ours(function):
+def is_ours(function):
     """Whether a function that programs may replace is the one whose work is done here instead."""
     return getattr(function, "in_steps", False)
 
@@ -52,8 +52,8 @@ class Steps:
             time.perf_counter(),
             linear_warmup(setting(self.H, "kl_warmup_iters"))(iterate),
         )
-        on_cuda = data_input.is_cuda or AS_ON_CUDA
-        decides = _is_ours(over_ranks) and _is_ours(update_ema) and self._takes_a_flag()
+        on_cuda = self.on_cuda()
+        decides = is_ours(over_ranks) and is_ours(update_ema) and self.takes_a_flag()
         decides = decides and on_cuda
         if decides and getattr(self.optimizer, "applied_updates", None) is None:
             self.optimizer.applied_updates = applied_updates(self.optimizer)
@@ -65,7 +65,11 @@ class Steps:
         averages = self._decide_there(stats)
         return Launched(list(stats), reading(averages), start, self._finish, late=True)
 
-    def _takes_a_flag(self):
+    def on_cuda(self):
+        """Whether to do what pays on CUDA."""
+        return self.parameters[0].is_cuda or AS_ON_CUDA
+
+    def takes_a_flag(self):
         """Whether the optimizer leaves all as it is where found_inf says so: PyTorch's fused AdamW.
 
         Others raise an error, or apply a NaN without a word.
@@ -87,21 +91,23 @@ class Steps:
         The first pass of a shape notes what it draws. Where that is more than the noise of the
         blocks, a sampler of a program's own or dropout, all go on to draw in the pass.
         """
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(forward_precision(setting(self.H, "precision"), data_input.device))
-            if not draw_before:
-                return self.vae(data_input, target, **more)
-            like = self.parameters[0].detach()
-            if data_input.shape not in self.noise:
-                state = generator_state(like)
-                noted = stack.enter_context(noting_shapes())
-                stats = self.vae(data_input, target, **more)
-                shapes = [shape for shape, _ in noted]
-                alone = draws_alone(shapes, like, state)
-                self.noise[data_input.shape] = shapes if alone else None
-                return stats
-            if shapes := self.noise[data_input.shape]:
-                stack.enter_context(drawn_before(draw_normals(shapes, like)))
+        if not draw_before:
+            return self._pass(data_input, target, **more)
+        like = self.parameters[0].detach()
+        if data_input.shape not in self.noise:
+            state = generator_state(like)
+            with noting_shapes() as noted:
+                stats = self._pass(data_input, target, **more)
+            shapes = [shape for shape, _ in noted]
+            self.noise[data_input.shape] = shapes if draws_alone(shapes, like, state) else None
+            return stats
+        shapes = self.noise[data_input.shape]
+        noise = drawn_before(draw_normals(shapes, like)) if shapes else contextlib.nullcontext()
+        with noise:
+            return self._pass(data_input, target, **more)
+
+    def _pass(self, data_input, target, **more):
+        with forward_precision(setting(self.H, "precision"), data_input.device):
             return self.vae(data_input, target, **more)
 
     def _gradients(self, data_input, target, labels, beta, on_cuda):
@@ -138,15 +144,18 @@ class Steps:
         if not nans and stats["grad_norm"] < self.limit:
             self.optimizer.step()
             rate = ema_rate_after(count_update(self.optimizer), self.H)
-            if _is_ours(update_ema):
+            if is_ours(update_ema):
                 move_towards(self.averages, self.parameters, 1 - rate)
             else:
                 update_ema(self.vae, self.ema_vae, rate)
             stats["applied"] = 1.0
         return Launched(list(stats), lambda: stats.values(), start, self._finish_here)
 
-    def _decide_there(self, stats):
-        """Updates or not, without a look at the statistics: their means over ranks, a vector."""
+    def _decide_there(self, stats, alive=None):
+        """Updates or not, without a look at the statistics: their means over ranks, a vector.
+
+        alive: a 0-dim tensor; where it is 0 the update is skipped in any case.
+        """
         device = stats["grad_norm"].device
         values = [
             v.detach().float() if torch.is_tensor(v) else torch.full((), float(v), device=device)
@@ -157,6 +166,8 @@ class Steps:
         nans = by_name["rate_nans"] + by_name["distortion_nans"] > 0
         # As in _decide_here; a comparison with NaN is false.
         applied = (by_name["grad_norm"] < self.limit).logical_and(~nans)
+        if alive is not None:
+            applied = applied.logical_and(alive)
         self.optimizer.found_inf = (~applied).float()
         try:
             self.optimizer.step()

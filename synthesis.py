@@ -64,9 +64,12 @@ def decode_latents(model, latents, indices, t=1.0, seed=0, mean=False, labels=No
     )
 
 
-def draw_samples(model, indices, t=1.0, seed=0, mean=False, labels=None):
-    """Samples of the prior at temperature t: a number, or one per layer."""
-    generators = image_generators(indices, seed, SAMPLING)
+def draw_samples(model, indices, t=1.0, seed=0, mean=False, labels=None, generators=None):
+    """Samples of the prior at temperature t: a number, or one per layer.
+
+    generators: those of the images, where the caller has them already (ahead.Ahead).
+    """
+    generators = generators or image_generators(indices, seed, SAMPLING)
     return model.forward_uncond_samples(len(indices), t, generators, mean, **given(labels))
 
 

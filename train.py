@@ -16,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 
+from ahead import Ahead
 from batches import make_loader, training_batches
 from bounds import LayerRates, distortion_and_rates, importance_weighted_elbo, nats_to_bits
 from checkpoints import remove_old_checkpoints, write_checkpoint
@@ -24,6 +25,7 @@ from endings import Stopped, heartbeat, run_command, stop
 from errors import MissingFiles, UserError, remedy_of
 from files import replace
 from fused import forward_precision
+from graphs import steps_of
 from image_sets import IMAGE_SETS, result_notice
 from labels import given, label_names, labels_in, labels_of, taking
 from launchers import world
@@ -130,6 +132,12 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         "n_images n_batches n_finite elbo finite_elbo distortion rate iw_elbo stopped foreign_noise"
         .split(), 0.0
     )  # fmt: skip
+    device, step = next(ema_vae.parameters()).device, world().size
+    of_images = Ahead(
+        device,
+        (seed, EVALUATION),
+        lambda batch: range(batch[-1] + step, len(data_valid), step)[: H.n_batch],
+    )
     widths = [block.zdim for block in ema_vae.decoder.dec_blocks]
     rate_per_layer = torch.zeros(len(widths), dtype=torch.float64)
     kl_per_channel = torch.zeros(sum(widths), dtype=torch.float64)
@@ -144,7 +152,7 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         labels = labels_in(batch, H) if told else None  # (N,)
         with (
             forward_precision(setting(H, "precision"), x.device),
-            noise_of_images(image_generators(indices, seed, EVALUATION)) as noise,
+            noise_of_images(of_images(indices)) as noise,
         ):
             channels = []  # of each layer, (N, Z)
             distortion, rates = distortion_and_rates(ema_vae, x, target, channels, labels)
@@ -169,7 +177,6 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         sums["foreign_noise"] += noise.draws < len(rates)
         rate_per_layer += rates.sum(dim=1)
         kl_per_channel += torch.cat(channels, dim=1).double().sum(dim=0).cpu()
-    device = next(ema_vae.parameters()).device
     totals = [*sums.values(), *rate_per_layer, *kl_per_channel]
     totals = allreduce(torch.tensor(totals, dtype=torch.float64, device=device), average=False)
     sizes = [len(sums), len(widths), sum(widths)]
@@ -318,6 +325,8 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
     optimizer, scheduler, cur_eval_loss, iterate, starting_epoch = load_opt(H, vae, logprint)
     models, at = (vae, ema_vae, optimizer), Progress(H, iterate, starting_epoch, cur_eval_loss)
     seed, max_skips, patience = (setting(H, name) for name in ("seed", "max_skips", "patience"))
+    means = get_cpu_stats_over_ranks, update_ema
+    steps = steps_of(H, models, training_step is _own_step, means)
     batches, loader = training_batches(H, data_train)
     global_batch = batches.n_batch * batches.size  # images of a step
     logprint(
@@ -334,7 +343,7 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
         logprint(f"nothing left to do: --patience {patience}: {best_report(at)}")
         return
 
-    steps, unread = Steps(H, *models), Unread(at, max_skips)
+    unread = Unread(at, max_skips)
     intervals = H.iters_per_print, H.iters_per_images, H.iters_per_ckpt, H.iters_per_save
     bar = progress_bar(H.num_epochs * len(batches), at.step)
     for at.epoch in range(starting_epoch, H.num_epochs):

@@ -178,10 +178,10 @@ def load_vaes(H, logprint):
     vae, ema_vae = vae.to(device, **layout), ema_vae.to(device, **layout)
     if setting(H, "checkpoint_activations"):
         vae.checkpoint_activations()
-    if setting(H, "compile") or setting(H, "cuda_graphs"):
+    if setting(H, "compile"):
         try_compiler(device)
         for model in (vae, ema_vae):
-            model.compile_blocks(setting(H, "cuda_graphs"))
+            model.compile_blocks()
     parameters = sum(p.numel() for p in vae.parameters())
     logprint(f"{parameters:,} parameters, {len(vae.decoder.dec_blocks)} stochastic layers")
     if mpi_size() == 1:

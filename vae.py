@@ -135,11 +135,8 @@ class Encoder(HModule):
         for block in self.enc_blocks:
             _scale_by_depth(block.c4, len(layers))
         self.segments, self.checkpointing = segments(layers), False
-        self.cuda_graphs = False
 
     def forward(self, x):
-        if self.cuda_graphs:  # what they computed in the pass before may be overwritten
-            torch.compiler.cudagraph_mark_step_begin()
         # Few channels cost little; in bf16 they cost more bits than any other convolution's.
         with without_autocast(x.device.type):
             x = x.permute(0, 3, 1, 2).to(next(self.in_conv.parameters()).dtype)  # (N, 3, R, R)
@@ -383,14 +380,12 @@ class VAE(HModule):
         """From now on keeps blocks' inputs alone for the backward pass, computes the rest anew."""
         self.encoder.checkpointing = self.decoder.checkpointing = True
 
-    def compile_blocks(self, cuda_graphs=False):
-        """From now on runs the residual blocks by torch.compile, with cuda_graphs as graphs."""
-        self.encoder.cuda_graphs = cuda_graphs
-        mode = "reduce-overhead" if cuda_graphs else None
+    def compile_blocks(self):
+        """From now on runs the residual blocks by torch.compile."""
         for block in self.modules():
             if isinstance(block, Block) and block.residual:
                 # A network has more shapes than the eight that PyTorch compiles by default.
-                block.compile(dynamic=False, recompile_limit=64, mode=mode)
+                block.compile(dynamic=False, recompile_limit=64)
 
     def distortion_and_rate(self, x, x_target, generators=None, per_layer=False, labels=None):
         """The two terms of the negative ELBO per image, each (N,), in nats per dimension.

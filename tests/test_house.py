@@ -16,8 +16,8 @@ ORDER = (
     "embeddings block_strings hps torch_files safetensors_files downloads utils vae_helpers "
     "vae presets decoding image_files batches label_files packing own_images records weights "
     "starting data checkpoints run_folder resuming optimizers fonts pictures reports "
-    "train_helpers outputs plot files_to_npy steps train synthesis label_choices latent_files "
-    "scores exports sample demo"
+    "train_helpers outputs plot files_to_npy steps synthesis label_choices latent_files "
+    "scores exports demo ahead sample graphs train"
 ).split()
 
 

@@ -54,16 +54,12 @@ def test_load_vaes_restores_each_from_its_file(tmp_path):
     assert not any(p.requires_grad for p in ema.parameters())
 
 
-@pytest.mark.parametrize("option, mode", [("compile", None), ("cuda_graphs", "reduce-overhead")])
-def test_both_options_compile_the_residual_blocks(option, mode, monkeypatch):
-    modes, marks = [], []
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: modes.append(kw["mode"]))
-    monkeypatch.setattr(torch.compiler, "cudagraph_mark_step_begin", lambda: marks.append(1))
-    H = get_hparams("digits", device="cpu", **{option: True})
+def test_compile_compiles_the_residual_blocks(monkeypatch):
+    calls = []
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **kw: calls.append(kw))
+    H = get_hparams("digits", device="cpu", compile=True)
     vae, ema = load_vaes(H, print)
-    assert modes == [mode] * 2 * (len(ema.encoder.enc_blocks) + len(ema.decoder.dec_blocks))
-    ema(*[torch.zeros(1, 8, 8, 3)] * 2)
-    assert len(marks) == (mode is not None)  # graphs may write over what the pass before computed
+    assert len(calls) == 2 * (len(ema.encoder.enc_blocks) + len(ema.decoder.dec_blocks))
 
 
 def test_update_ema():
