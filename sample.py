@@ -40,6 +40,7 @@ from label_choices import (
 from label_files import WORDS
 from labels import labels_of
 from latent_files import LatentFile, write_embeddings, write_latents
+from noise import SAMPLING
 from options import OPTIONS, OneLineParser, complete
 from outputs import check_out, write_images
 from pictures import labelled_grid

@@ -26,6 +26,7 @@ from fused import (
     add_to_stream,
     channels_last,
     checkpointed,
+    conv_1x1,
     gelu,
     gelu_conv,
     posterior_and_prior,
@@ -178,7 +179,7 @@ class DecBlock(nn.Module):
     def z_fn(self, z):
         """z (N, Z, R, R) → its share of the state (N, C, R, R)."""
         with without_autocast(z.device.type):  # few channels; its sum is float32
-            return self.z_proj(channels_last(z))
+            return conv_1x1(z, self.z_proj)
 
     def _state(self, xs, like):
         """The state at this resolution (N, C, R, R), zeros where xs has none, N that of `like`."""

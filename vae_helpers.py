@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fused import channels_last, gaussian_kl, without_autocast
+from fused import conv_1x1, gaussian_kl, without_autocast
 from image_sets import channels_of, target_bits
 from likelihood import (
     discretized_mix_logistic_loss,
@@ -107,7 +107,7 @@ class DmolNet(nn.Module):
     def forward(self, px_z):
         """px_z (N, C, R, R) → mixture parameters (N, R, R, 10K), of grey images (N, R, R, 3K)."""
         with without_autocast(px_z.device.type):  # for the likelihood
-            return self.out_conv(channels_last(px_z)).permute(0, 2, 3, 1)
+            return conv_1x1(px_z, self.out_conv).permute(0, 2, 3, 1)
 
     def nll(self, px_z, x):
         """Distortion (N,) of targets x (N, R, R, c) in [-1, 1], nats per dimension."""
