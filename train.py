@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from ahead import Ahead
 from batches import make_loader, training_batches
-from bounds import LayerRates, distortion_and_rates, importance_weighted_elbo, nats_to_bits
+from bounds import distortion_and_rates, importance_weighted_elbo, nats_to_bits
 from checkpoints import remove_old_checkpoints, write_checkpoint
 from data import set_up_data
 from endings import Stopped, heartbeat, run_command, stop
@@ -42,7 +42,6 @@ from noise import (
 from optimizers import all_finite, applied_updates
 from options import Hyperparams, setting
 from pictures import labelled_grid
-from processes import allreduce
 from reports import (
     best_report,
     log_evaluation,
@@ -58,6 +57,7 @@ from resuming import Progress, find_start, resume_run
 from run_folder import begin_run, begin_training, refuse_occupied
 from starting import starting_paths
 from steps import Steps, Unread
+from totals import Totals
 from train_helpers import (
     accumulate_stats,
     load_opt,
@@ -128,25 +128,19 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
     told = setting(H, "label") == "given"
     mine = Subset(data_valid, range(world().rank, len(data_valid), world().size))
     loader = make_loader(H, mine, batch_size=H.n_batch)
-    sums = dict.fromkeys(
-        "n_images n_batches n_finite elbo finite_elbo distortion rate iw_elbo stopped foreign_noise"
-        .split(), 0.0
-    )  # fmt: skip
+    totals = Totals([block.zdim for block in ema_vae.decoder.dec_blocks])
     device, step = next(ema_vae.parameters()).device, world().size
     of_images = Ahead(
         device,
         (seed, EVALUATION),
         lambda batch: range(batch[-1] + step, len(data_valid), step)[: H.n_batch],
     )
-    widths = [block.zdim for block in ema_vae.decoder.dec_blocks]
-    rate_per_layer = torch.zeros(len(widths), dtype=torch.float64)
-    kl_per_channel = torch.zeros(sum(widths), dtype=torch.float64)
     for batch in tqdm(loader, "evaluating", disable=None if world().rank == 0 else True):
         heartbeat()
         if stop.requested():
-            sums["stopped"] = 1.0
+            totals.sums["stopped"] = 1.0
             break
-        first = int(sums["n_images"])
+        first = int(totals.sums["n_images"])
         indices = mine.indices[first : first + len(batch[0])]
         x, target = preprocess_fn(batch)
         labels = labels_in(batch, H) if told else None  # (N,)
@@ -156,10 +150,7 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         ):
             channels = []  # of each layer, (N, Z)
             distortion, rates = distortion_and_rates(ema_vae, x, target, channels, labels)
-        distortion, rates = distortion.double().cpu(), rates.double().cpu()  # (N,), (layers, N)
-        rate = rates.sum(dim=0)  # (N,)
-        elbo = distortion + rate  # (N,)
-        finite = elbo[elbo.isfinite()]
+        bound = None
         if iw_samples:
             # The first sample is the ELBO's own: with one, the two are the same.
             def generators(k, indices=indices):
@@ -167,36 +158,17 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
 
             with forward_precision(setting(H, "precision"), x.device):
                 bound = importance_weighted_elbo(ema_vae, x, target, iw_samples, generators, labels)
-            sums["iw_elbo"] += bound.sum().item()
-        sums["n_images"] += len(elbo)
-        sums["n_batches"] += 1
-        sums["n_finite"] += len(finite)
-        for name, values in (("elbo", elbo), ("finite_elbo", finite), ("distortion", distortion)):
-            sums[name] += values.sum().item()
-        sums["rate"] += rate.sum().item()
-        sums["foreign_noise"] += noise.draws < len(rates)
-        rate_per_layer += rates.sum(dim=1)
-        kl_per_channel += torch.cat(channels, dim=1).double().sum(dim=0).cpu()
-    totals = [*sums.values(), *rate_per_layer, *kl_per_channel]
-    totals = allreduce(torch.tensor(totals, dtype=torch.float64, device=device), average=False)
-    sizes = [len(sums), len(widths), sum(widths)]
-    of_sums, rate_per_layer, kl_per_channel = totals.cpu().split(sizes)
-    sums = dict(zip(sums, of_sums.tolist(), strict=True))
-    if sums["stopped"]:
+        totals.add(distortion, rates, channels, noise.draws < len(rates), bound)
+    totals.over_processes(device)
+    if totals.sums["stopped"]:
         raise Stopped("stopped in an evaluation")
-    n_images, n_finite = sums["n_images"], sums["n_finite"]
     figures = {
-        "n_batches": int(sums["n_batches"]),
-        "n_images": int(n_images),
-        "filtered_elbo": sums["finite_elbo"] / n_finite if n_finite else math.nan,
-        **{name: sums[name] / n_images for name in ("elbo", "distortion", "rate")},
-        "bits_per_dim": nats_to_bits(sums["elbo"] / n_images),
-        "rate_per_layer": LayerRates(rate_per_layer / n_images, kl_per_channel / n_images, widths),
+        **totals.figures(),
         **({"labels": "given" if told else "none"} if labels_of(H) else {}),
-        **result_notice(H.dataset, OWN_SAMPLER if sums["foreign_noise"] else None),
+        **result_notice(H.dataset, OWN_SAMPLER if totals.sums["foreign_noise"] else None),
     }
     if iw_samples:
-        bound = sums["iw_elbo"] / n_images
+        bound = totals.sums["iw_elbo"] / totals.sums["n_images"]
         figures |= {"iw_elbo": bound, "iw_bits_per_dim": nats_to_bits(bound)}
     return figures
 
