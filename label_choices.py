@@ -81,6 +81,22 @@ def asked_labels(H, text, option="label", words=WORDS, seed=0):
     return lambda indices: numbers[torch.as_tensor([*indices]) % len(numbers)]
 
 
+def encoded_under(args, H):
+    """What --from_label asks for: a function, as asked_labels."""
+    return asked_labels(H, args.from_label, "from_label", ("none",))
+
+
+def labels_asked(args, H):
+    """What images are decoded and encoded under by sample.py's args: two, as asked_labels."""
+    words = WORDS if args.command == "samples" else ("none",)
+    decoded = asked_labels(H, args.label, "label", words, args.seed)
+    of_samples = args.command == "progressive" and not args.images
+    if of_samples and args.from_label:
+        raise UserError(f"--from_label {args.from_label}: samples are not encoded: leave it out")
+    encodes = hasattr(args, "from_label") and not of_samples
+    return decoded, encoded_under(args, H) if encodes else None
+
+
 def labels_for(asked, indices):
     """asked_labels' numbers of these images, None where nothing was asked for."""
     return None if asked is None else asked(indices)

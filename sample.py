@@ -29,15 +29,15 @@ from hps import HPARAMS_REGISTRY
 from image_files import image_paths, read_images
 from image_sets import channels_of
 from label_choices import (
-    asked_labels,
     default_count,
+    encoded_under,
     in_words,
     known_labels,
+    labels_asked,
     labels_for,
     recorded_labels,
     rows_of_labels,
 )
-from label_files import WORDS
 from labels import labels_of
 from latent_files import LatentFile, write_embeddings, write_latents
 from noise import SAMPLING
@@ -229,26 +229,9 @@ def name_of(model, args):
     return model.H.hparam_sets + (", mean of the mixture" if args.mean else "")
 
 
-def labels_asked(args, model):
-    """What images are decoded and encoded under: two functions, as asked_labels."""
-    of_samples = args.command == "samples"
-    words = WORDS if of_samples else ("none",)
-    if args.command == "progressive" and not args.images and args.from_label:
-        raise UserError(f"--from_label {args.from_label}: samples are not encoded: leave it out")
-    decoded = asked_labels(model.H, args.label, "label", words, args.seed)
-    if of_samples or args.command == "decode" or args.command == "progressive" and not args.images:
-        return decoded, None
-    return decoded, asked_labels(model.H, args.from_label, "from_label", words, args.seed)
-
-
-def encoded_under(args, model):
-    """What images are encoded under: a function, as asked_labels."""
-    return asked_labels(model.H, args.from_label, "from_label", ("none",), args.seed)
-
-
 def samples(args, model):
     t = temperature_of_layers(model, args.temperature)
-    asked, _ = labels_asked(args, model)
+    asked, _ = labels_asked(args, model.H)
     args.n = args.n or default_count(model.H, args.label)
 
     ahead = Ahead(
@@ -308,7 +291,7 @@ def kept(model, k, temperature):
 
 def reconstruct(args, model):
     k, t = kept_of(args, model)
-    to, of = labels_asked(args, model)
+    to, of = labels_asked(args, model.H)
     originals = originals_of(args, model)
 
     def make(indices):
@@ -335,7 +318,7 @@ def reconstruct(args, model):
 
 def interpolate(args, model):
     k, t = kept_of(args, model)
-    to, of = labels_asked(args, model)
+    to, of = labels_asked(args, model.H)
     originals = originals_of(args, model)
     ends = latents_of_two(model, originals, args.seed, labels_for(of, range(2)))
     weights = torch.linspace(0, 1, args.steps, device=model.H.device)
@@ -358,7 +341,7 @@ def progressive(args, model):
     bases, ends = resolutions_of(model), steps_of_forming(model)
     labels = [f"to {bases[k - 1]}x{bases[k - 1]}: {k} of {len(bases)} layers" for k in ends]
     t, n = temperature_of_layers(model, args.temperature), len(args.images) or args.columns
-    to, of = labels_asked(args, model)
+    to, of = labels_asked(args, model.H)
     originals = originals_of(args, model) if args.images else None
 
     @functools.cache
@@ -397,17 +380,17 @@ def progressive(args, model):
 
 
 def encode(args, model):
-    to, of = labels_asked(args, model)
+    to, of = labels_asked(args, model.H)
     write_latents(args, model, originals_of(args, model), to, of)
 
 
 def embed(args, model):
     k = layers_to_keep(model, args.layers, args.resolution, "--")
-    write_embeddings(args, model, k, background_of(args, model), encoded_under(args, model))
+    write_embeddings(args, model, k, background_of(args, model), encoded_under(args, model.H))
 
 
 def score(args, model):
-    write_scores(args, model, background_of(args, model), encoded_under(args, model))
+    write_scores(args, model, background_of(args, model), encoded_under(args, model.H))
 
 
 def export(args, model):
@@ -419,7 +402,7 @@ def decode(args, model):
     found = LatentFile(args.latents, args, model)
     k, n = min(k, found.n_layers), found.n
     told = recorded_labels(model.H, found.labels) if args.label is None else None
-    asked = told or labels_asked(args, model)[0]
+    asked = told or labels_asked(args, model.H)[0]
 
     def make(indices):
         latents, labels = found.latents(indices)[:k], labels_for(asked, indices)
