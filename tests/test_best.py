@@ -13,7 +13,7 @@ from resuming import Progress
 from weights import load_model
 
 # Its bits/dim first falls, then at this learning rate jumps about.
-ROUGH = [*SMALL, "--lr", "0.1", "--ema_rate", "0.1", "--warmup_iters", "3", "--num_epochs", "10"]
+ROUGH = [*SMALL, "--lr", "0.13", "--ema_rate", "0.1", "--warmup_iters", "3", "--num_epochs", "10"]
 
 
 def evaluations(folder):

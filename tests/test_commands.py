@@ -170,7 +170,7 @@ def test_make_demo(tmp_path):
     # Sixteen columns of 64 pixels, ten rows of samples and two of test images; words above and at
     # the left.
     height, width, _ = imageio.imread(drawn.removeprefix("samples: ")).shape
-    assert 0 < height - 12 * 68 < 40 and 80 < width - 16 * 68 < 200
+    assert 0 < height - 12 * 68 < 60 and 80 < width - 16 * 68 < 200
     commands = lines[lines.index("what to try next, in this folder:") + 1 :]
     assert len(commands) == 4 and commands[0].strip() == "source .venv/bin/activate"
     for line in commands[1:]:

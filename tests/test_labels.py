@@ -314,6 +314,7 @@ def test_swapped_labels_cost_bits(trained):
 
 
 def evaluated(trained, tmp_path, *more):
+    tmp_path.mkdir(exist_ok=True)
     argv = [*SMALL, "--save_dir", tmp_path, "--test_eval", "--restore_ema_path",
             trained / "latest-model-ema.th", *more]  # fmt: skip
     status, text = Run(argv, tmp_path / "out").wait()
