@@ -12,6 +12,8 @@ from pathlib import Path
 
 from errors import one_line
 from files import replace
+from image_sets import channels_of
+from labels import labels_of
 from outputs import check_free, check_room, writing
 from own_images import read_record
 from records import published_normalisation, state_beside
@@ -82,12 +84,14 @@ def content_of(model, path, with_names=False):
         record = next(filter(None, (read_record(place, set()) for place in places)), None)
     if record and not with_names:
         record = {key: value for key, value in record.items() if key != "files"}
-    elsewhere = {"image_size", "image_channels"}
+    # Of labels also what tells how often each was trained on, and whether none ever was.
+    of_labels = {"label_counts", "label_dropout"} if labels_of(H) else set()
+    names = (NETWORK | of_labels) - {"image_size", "image_channels", "label_names"}
     return {
         "preset": H.hparam_sets,
-        "hparams": {key: H[key] for key in sorted(NETWORK - elsewhere) if H[key] is not None},
+        "hparams": {key: H[key] for key in sorted(names) if H.get(key) is not None},
         "image_size": H.image_size,
-        "image_channels": H.image_channels or 3,
+        "image_channels": channels_of(H),
         "mean": mean,
         "std": std,
         "background": H.background,

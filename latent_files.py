@@ -78,7 +78,7 @@ def write_embeddings(args, model, k, background, of=None):
     """
     n, width, names = len(args.images), widths_of(model)[k - 1], args.images
     size, row = model.H.image_size, 4 * width  # float32
-    print(f"{n:,} images, {width:,} numbers each: {n * row / 2**20:,.1f} MiB")
+    print(one_line(f"{args.out}: {n:,} images of {width:,} numbers, {n * row / 2**20:,.1f} MiB"))
     with writing(args, NpzFile.remedy):
         sink = NpzFile(args, weights_hash(model), (width,), dtype=np.float32, name="embeddings")
         check_room(args, (2 * n - min(sink.done, n)) * row)

@@ -354,7 +354,8 @@ def load_images(H):
         record |= {"files": facts["files"], "packing": list(how)}
     if base and "files" not in base and "files" in facts:  # from before names were recorded
         names = names_in_packing(H.data_root, base["image_size"], base["sha256"])
-        base = base | {"files": names, "packing": [1, None]} if names else base
+        how_known = base.get("packing", [1, None])
+        base = base | {"files": names, "packing": how_known} if names else base
         own = base if own and own["sha256"] == base["sha256"] else own
     grows = setting(H, "grow") and base and base["sha256"] != record["sha256"]
     if grows and base.get("files") and base["image_size"] == size and "files" in facts:
@@ -369,7 +370,8 @@ def load_images(H):
         if not (same or own or grows) and {*base.get("files", ())} <= {*facts.get("files", ())}:
             _warn_of_leak(base, base_path)
     weights = H.restore_ema_path or H.restore_path
-    if H.test_eval and weights and not base and world().rank == 0:
+    told = base and (base["sha256"] == record["sha256"] or base.get("files"))
+    if H.test_eval and weights and not told and world().rank == 0:
         print(
             one_line(
                 f"nothing tells which images {weights} was trained on: the split is a new one, and "

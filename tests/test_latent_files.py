@@ -41,7 +41,7 @@ def content(path):
 
 def test_the_file_of_embed(run, capsys):
     run("embed pngs a.png --resolution 4 --n_batch 4")
-    assert "12 images, 392 numbers each: 0.0 MiB" in capsys.readouterr().out
+    assert "embeddings.npz: 12 images of 392 numbers, 0.0 MiB" in capsys.readouterr().out
     found, model = content("embeddings.npz"), load_model("ema.th", device="cpu")
     assert found.keys() == {"embeddings", "images", "layers", "labels", "preset", "weights"}
     paths = [f"pngs/{i:02}.png" for i in range(11)] + ["a.png"]
