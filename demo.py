@@ -8,13 +8,14 @@ import os
 import numpy as np
 import torch
 
-from data import load_digits
+from data import set_up_data
 from endings import run_command
 from errors import one_line
 from files import replace
 from options import OneLineParser
 from options import path as path_type
 from pictures import labelled_grid
+from presets import get_hparams
 from synthesis import draw_samples, reconstruct
 from weights import load_model
 
@@ -45,7 +46,7 @@ def main():
         )
         for label in range(len(names))
     ]
-    test = load_digits(model.H)[2]
+    _, _, test, _ = set_up_data(get_hparams("digits", test_eval=True))
     images, labels = zip(*(test[i] for i in columns), strict=True)
     originals, labels = np.stack(images), torch.stack(labels)
     layers = len(model.decoder.dec_blocks)

@@ -197,7 +197,7 @@ def test_the_plain_rendition_agrees():
                                     for k, p in module.named_parameters()}))  # fmt: skip
         (ours, grads), (theirs, plain_grads) = results
         for key in ours:
-            assert ours[key].item() == pytest.approx(theirs[key].item(), rel=1e-5)
+            assert ours[key].item() == pytest.approx(theirs[key].item(), rel=1e-5, abs=1e-7)
         for key, grad in grads.items():
             assert (grad - plain_grads[key]).norm() <= 5e-4 * plain_grads[key].norm() + 1e-9, key
 
@@ -335,7 +335,7 @@ def test_an_evaluation_says_whether_labels_are_given(trained, tmp_path):
 
 def test_several_processes(trained, tmp_path):
     """The same figure; and every table has a gradient on every rank, all labels dropped or not."""
-    argv = [*SMALL, "--num_epochs", "1", "--n_batch", "50", "--grad_accum", "1"]
+    argv = [*SMALL, "--num_epochs", "1", "--n_batch", "25", "--grad_accum", "2"]
     for dropout in ("0.5", "1"):
         runs = start(2, [*argv, "--label_dropout", dropout, "--desc", dropout], tmp_path)
         for run in runs:
