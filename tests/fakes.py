@@ -68,10 +68,11 @@ def write_data(preset, root):
     if preset == "cifar10":
         write_cifar10(root)
     elif preset == "images64":
-        (root / "photos").mkdir()
+        for label in "ab":
+            (root / "photos" / label).mkdir(parents=True)
         noise = np.random.RandomState(0).randint(0, 256, (40, 70, 80, 3), dtype=np.uint8)
         for i, photo in enumerate(noise):
-            imageio.imwrite(root / "photos" / f"{i}.jpg", photo)
+            imageio.imwrite(root / "photos" / "ab"[i % 2] / f"{i}.jpg", photo)
     elif preset == "imagenet32_box":
         sparse_npy(root / f"{preset}-train.npy", (1_281_167, 32, 32, 3))
         sparse_npy(root / f"{preset}-valid.npy", (50_000, 32, 32, 3))

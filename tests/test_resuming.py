@@ -79,7 +79,7 @@ def test_sigkill_of_the_command(whole, tmp_path):
 
 def test_resume_after_skipped_steps(tmp_path):
     """The streak of skips, the window of figures and the early log lines go on too."""
-    options = [*RUN, "--skip_threshold", "0.25", "--skip_streak", "6", "--iters_per_print", "30"]
+    options = [*RUN, "--skip_threshold", "0.27", "--skip_streak", "4", "--iters_per_print", "30"]
     for folder, wrap in (("whole", None), ("broken", Signal(signal.SIGTERM, "step", 19))):
         status, text = Run([*options, "--save_dir", tmp_path / folder], tmp_path / "o", wrap).wait()
         assert status == (143 if wrap else 0), text
