@@ -439,6 +439,7 @@ def main(s=None):
                 )
     card = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
     path = Path(args.out)
+    print(f"{len(jobs.keys() - rows_of(path))} rows to measure on {card}", flush=True)
     left = run_jobs(jobs, path, args.seconds, {"card": card, "torch": torch.__version__})
     text = table(rows_of(path).values())
     path.with_suffix(".md").write_text(text + "\n")

@@ -260,7 +260,7 @@ def test_a_run_that_reads_late_logs_and_saves_what_the_other_does(whole, finishe
     assert all(torch.allclose(t, theirs[k], rtol=1e-5, atol=1e-7) for k, t in ours.items())
 
 
-@pytest.mark.parametrize("n", [7, 14])
+@pytest.mark.parametrize("n", [7, pytest.param(14, marks=pytest.mark.slow)])
 def test_a_late_run_that_is_killed_goes_on_bit_for_bit(n, whole, tmp_path):
     options = [*SAVING, "--save_dir", tmp_path]
     assert Run(options, tmp_path / "out", Killed(n)).wait()[0] == -signal.SIGKILL
