@@ -12,6 +12,7 @@ second. Needs 200 MB of disk.
 import argparse
 import itertools
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -22,6 +23,7 @@ import imageio.v3 as imageio
 import numpy as np
 import torch
 
+DEVICE = os.environ.get("LOADING_DEVICE", "cpu")  # where a process of `memory` trains
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 
@@ -37,7 +39,7 @@ from train_helpers import load_vaes
 
 def make_H(*options):
     H = Hyperparams()
-    small = "--hps images64 --device cpu --n_batch 16 --width 16 --custom_width_str= "
+    small = f"--hps images64 --device {DEVICE} --n_batch 16 --width 16 --custom_width_str= "
     small += "--enc_blocks 64x1,64d8,8x1 --dec_blocks 8x1,64m8"
     parser = add_vae_arguments(OneLineParser())
     add_own_options(parser)
