@@ -96,10 +96,8 @@ def main(s=None):
     args = parser.parse_args(s)
     if args.child:
         return child(args)
-    args.device = resolve_device(args.device).split(":")[0]
-    sizes = [1, 2]
-    if args.device == "cuda" and torch.cuda.device_count() < 2:
-        sizes = [1]
+    args.device = resolve_device(args.device).split(":")[0]  # each process has its own
+    sizes = [1] if args.device == "cuda" and torch.cuda.device_count() < 2 else [1, 2]
     if get_hparams(args.preset).image_size != 32:
         raise UserError(f"--preset {args.preset}: photos32 has 32 pixels; name cifar10 or photos32")
     found = {size: [] for size in sizes}
