@@ -9,6 +9,7 @@ import math
 
 import torch
 
+from compiling import run_network
 from fused import at_least_float32, without_autocast
 from labels import given
 from noise import noise_of_images
@@ -29,13 +30,20 @@ def distortion_and_rates(vae, x, x_target, channels=None, labels=None):
         channels: a list that gets, a layer each, the KL of its latent channels (N, Z), in nats,
             summed over their positions.
     """
+    wanted = channels is not None
+    distortion, rates, of_channels = run_network(_terms, vae, x, x_target, labels, wanted)
+    if wanted:
+        channels += of_channels
+    return distortion, rates
+
+
+def _terms(vae, x, x_target, labels, channels):
     px_z, stats = vae.decoder(vae.encoder(x), **given(labels))
     with without_autocast(px_z.device.type):  # a fork's own output layer too
         distortion = vae.decoder.out_net.nll(px_z, x_target)  # (N,)
-    rates = [at_least_float32(s["kl"]).sum(dim=(1, 2, 3)) for s in stats]  # each (N,)
-    if channels is not None:
-        channels += [at_least_float32(s["kl"]).sum(dim=(2, 3)) for s in stats]
-    return distortion, torch.stack(rates) / x.shape[1:].numel()
+    kls = [at_least_float32(s["kl"]) for s in stats]  # each (N, Z, R, R)
+    rates = torch.stack([kl.sum(dim=(1, 2, 3)) for kl in kls]) / x.shape[1:].numel()  # (layers, N)
+    return distortion, rates, [kl.sum(dim=(2, 3)) for kl in kls] if channels else None
 
 
 # A latent channel is in use if it tells more than this of an image, in the mean over images: about

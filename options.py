@@ -166,7 +166,7 @@ OPTIONS = {
         ("precision", one_of("fp32", "tf32", "bf16"), "fp32", "of the convolutions"),
         ("checkpoint_activations", bool, False, "a third more time, a fraction of the memory"),
         ("grad_accum", count, 1, "batches of n_batch per step and process"),
-        ("compile", bool, False, "torch.compile the residual blocks"),
+        ("compile", bool, False, "torch.compile, for the shape of a step"),
         ("cuda_graphs", bool, False, "CUDA: a step as one graph (never run on a GPU)"),
         ("cudnn_benchmark", bool, False, "CUDA: convolutions chosen by trial (never run on a GPU)"),
     ],

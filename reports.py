@@ -2,6 +2,7 @@
 
 import math
 import os
+import time
 import weakref
 
 import torch
@@ -157,10 +158,24 @@ def progress_bar(total, done):
     return tqdm(total=total, initial=done, unit=" steps", disable=disable, dynamic_ncols=True)
 
 
-def log_training(H, average, at, lr, global_batch, logprint):
+class Pace:
+    """Steps a second of wall time: loading, pictures, saves, evaluations and all."""
+
+    def __init__(self, step):
+        self.step, self.time = step, time.perf_counter()
+
+    def since_last(self, step):
+        """Steps a second since the last call, or since the start."""
+        steps, self.step = step - self.step, step
+        seconds, self.time = time.perf_counter() - self.time, time.perf_counter()
+        return steps / seconds
+
+
+def log_training(H, average, at, lr, global_batch, pace, logprint):
     """Logs a `train_loss` line: accumulate_stats' averages, at a resuming.Progress.
 
     Args:
+        pace: the run's Pace.
         lr: learning rate of the step, as `beta` is its weight of the rate in the loss.
         global_batch: images of a step, of all processes.
     """
@@ -176,6 +191,7 @@ def log_training(H, average, at, lr, global_batch, logprint):
         bits_per_dim=nats_to_bits(average["elbo"]),
         skip_rate=average["skipped_updates"] / len(at.stats),
         images_per_second=global_batch / average["iter_time"],
+        images_per_second_overall=global_batch * pace.since_last(at.step),
         **result_notice(H.dataset),
     )
 

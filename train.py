@@ -43,6 +43,7 @@ from optimizers import all_finite, applied_updates
 from options import Hyperparams, setting
 from pictures import labelled_grid
 from reports import (
+    Pace,
     best_report,
     log_evaluation,
     log_training,
@@ -315,7 +316,7 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
         logprint(f"nothing left to do: --patience {patience}: {best_report(at)}")
         return
 
-    unread = Unread(at, max_skips)
+    unread, pace = Unread(at, max_skips), Pace(at.step)
     intervals = H.iters_per_print, H.iters_per_images, H.iters_per_ckpt, H.iters_per_save
     bar = progress_bar(H.num_epochs * len(batches), at.step)
     for at.epoch in range(starting_epoch, H.num_epochs):
@@ -352,7 +353,7 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
             # 4. Log, draw, save: a kill after the last of these leaves nothing of the step undone.
             if early or at.step % H.iters_per_print == 0:
                 average = accumulate_stats(list(at.stats), H.iters_per_print)
-                log_training(H, average, at, lr, global_batch, logprint)
+                log_training(H, average, at, lr, global_batch, pace, logprint)
             if at.step % H.iters_per_images == 0 or (early and H.dataset != "ffhq_1024"):
                 draw(H, *drawn, at.step, logprint)
             if at.step % H.iters_per_ckpt == 0:

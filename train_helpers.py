@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import write_checkpoint
+from compiling import compile_network
 from data import mkdir_p  # noqa: F401  programs import it from here
 from endings import die_with_parent, start_watch
 from fused import allow_tf32
@@ -181,7 +182,7 @@ def load_vaes(H, logprint):
     if setting(H, "compile"):
         try_compiler(device)
         for model in (vae, ema_vae):
-            model.compile_blocks()
+            compile_network(model)
     parameters = sum(p.numel() for p in vae.parameters())
     logprint(f"{parameters:,} parameters, {len(vae.decoder.dec_blocks)} stochastic layers")
     if mpi_size() == 1:

@@ -9,6 +9,7 @@ means in m; q is the posterior and p the prior. `labels` are int64 (N,), -1 for 
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,23 +22,23 @@ from block_strings import (
     parse_layer_string,
 )
 from bounds import distortion_and_rates, importance_weighted_elbo
+from compiling import run_block, run_in_turn
 from embeddings import embed, mean_latents, unflatten
 from fused import (
     add_to_stream,
     channels_last,
-    checkpointed,
     conv_1x1,
     gelu,
     gelu_conv,
     posterior_and_prior,
     prior_alone,
-    segments,
     sharing_gelu,
     without_autocast,
 )
 from image_sets import channels_of
 from labels import LARGEST_LABELLED, given, label_rows, labels_of
 from noise import is_of_images, noise_of_images
+from recomputing import checkpointed, segments
 from temperatures import log_temperature, temperature_of
 from vae_helpers import (
     DmolNet,
@@ -141,14 +142,14 @@ class Encoder(HModule):
         # Few channels cost little; in bf16 they cost more bits than any other convolution's.
         with without_autocast(x.device.type):
             x = x.permute(0, 3, 1, 2).to(next(self.in_conv.parameters()).dtype)  # (N, 3, R, R)
-            x = self.in_conv(x)  # (N, H.width, R, R)
+            x = self.in_conv(channels_last(x))  # (N, H.width, R, R)
         activations = {}
         for segment in self.segments:
             blocks = self.enc_blocks[segment]
             if getattr(blocks[0], "down_rate", None) is not None:  # x is the last before it pools
                 x = x.contiguous()  # programs take views of it
             activations[x.shape[2]] = x
-            x = checkpointed(self.checkpointing, nn.Sequential(*blocks), x)
+            x = checkpointed(self.checkpointing, partial(run_in_turn, blocks), x)
             x = pad_channels(x, self.widths[x.shape[2]])  # (N, C, R, R) of the new R
         activations[x.shape[2]] = x.contiguous()
         return activations
@@ -239,14 +240,19 @@ class DecBlock(nn.Module):
         written in place. kl is in nats; z is detached. With get_gaussians the dict also holds what
         `sample` puts there.
         """
-        gaussians = {}
+        gaussians = {} if get_gaussians else None
         x, acts = self.get_inputs(xs, activations)  # each (N, C, R, R)
         x = self._mix_in(x, xs)  # (N, C, R, R)
-        more = {"gaussians": gaussians} if get_gaussians else {}  # an overridden one takes two
+        # z, kl (N, Z, R, R)
+        z, xs[self.base], kl = run_block(
+            DecBlock._merge, self, x, acts, gaussians, n_drawn=self.zdim
+        )
+        return xs, ({"z": z.detach()} if get_latents else {}) | {"kl": kl} | (gaussians or {})
+
+    def _merge(self, x, acts, gaussians):
+        more = {} if gaussians is None else {"gaussians": gaussians}  # an overridden one takes two
         z, x, kl = self.sample(x, acts, **more)  # z, kl (N, Z, R, R)
-        x = x + self.z_fn(z)  # (N, C, R, R)
-        xs[self.base] = self.resnet(x)  # (N, C, R, R)
-        return xs, ({"z": z.detach()} if get_latents else {}) | {"kl": kl} | gaussians
+        return z, self.resnet(x + self.z_fn(z)), kl
 
     def forward_uncond(self, xs, t=None, lvs=None):
         """The prior pass: xs, with z as in sample_uncond."""
@@ -296,7 +302,8 @@ class Decoder(HModule):
 
         Each image's label adds its row to those up to 8x8.
         """
-        xs = {t.shape[2]: channels_last(t).expand(n, -1, -1, -1) for t in self.bias_xs}
+        own = [t.flatten(1).view(t.shape) for t in self.bias_xs]  # gradients get their strides
+        xs = {t.shape[2]: channels_last(t).expand(n, -1, -1, -1) for t in own}
         for rows in label_rows(list(getattr(self, "label_xs", ())), labels, n):
             r = rows.shape[2]
             xs[r] = channels_last(xs[r] + rows)  # (N, C, R, R)
@@ -380,13 +387,6 @@ class VAE(HModule):
     def checkpoint_activations(self):
         """From now on keeps blocks' inputs alone for the backward pass, computes the rest anew."""
         self.encoder.checkpointing = self.decoder.checkpointing = True
-
-    def compile_blocks(self):
-        """From now on runs the residual blocks by torch.compile."""
-        for block in self.modules():
-            if isinstance(block, Block) and block.residual:
-                # A network has more shapes than the eight that PyTorch compiles by default.
-                block.compile(dynamic=False, recompile_limit=64)
 
     def distortion_and_rate(self, x, x_target, generators=None, per_layer=False, labels=None):
         """The two terms of the negative ELBO per image, each (N,), in nats per dimension.

@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from reference import PlainVAE, plain_mixture_loss
 
+from compiling import compile_network
 from endings import run_command
 from errors import UserError
 from fused import allow_tf32, forward_precision
@@ -76,21 +77,31 @@ def seconds(device, call):
 
 
 def matrix_peak(device, kind):
-    """FLOP/s of the faster of a 2048 x 2048 matrix product and a 1x1 convolution of 512 channels.
+    """FLOP/s of the faster of a product of square matrices and a 1x1 convolution of 512 channels.
 
-    Which of the two a machine's libraries do better differs: both are matrix products.
+    Which of the two a machine's libraries do better differs: both are matrix products. On a GPU
+    each is of 8192 rows or more and waited for once in eight: else their launch is measured.
     """
     dtype = torch.bfloat16 if kind == "bf16" else torch.float32
-    a = torch.randn(2048, 2048, device=device, dtype=dtype)
-    image = a.new_ones(8, 512, 32, 32).contiguous(memory_format=torch.channels_last)
+    size, images, a_wait = (8192, 64, 8) if device.startswith("cuda") else (2048, 8, 1)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    image = a.new_ones(images, 512, 32, 32).contiguous(memory_format=torch.channels_last)
     weight = a[:512, :512, None, None].contiguous()
     calls = {
-        2 * 2048**3: lambda: a @ a,
-        2 * 8 * 32 * 32 * 512 * 512: lambda: torch.nn.functional.conv2d(image, weight),
+        2 * size**3: lambda: a @ a,
+        2 * images * 32 * 32 * 512 * 512: lambda: torch.nn.functional.conv2d(image, weight),
     }
+
+    def several(call):
+        for _ in range(a_wait):
+            call()
+
     allow_tf32(kind == "tf32")
     with torch.no_grad(), forward_precision(kind, device):
-        return max(n / min(seconds(device, call) for _ in range(8)) for n, call in calls.items())
+        return max(
+            a_wait * n / min(seconds(device, lambda c=call: several(c)) for _ in range(8))
+            for n, call in calls.items()
+        )
 
 
 def tasks_of(H, model, x, target, plain):
@@ -172,7 +183,7 @@ def measure(args, preset, batch):
     if args.checkpoint_activations:
         own.checkpoint_activations()
     if args.compile:
-        own.compile_blocks()
+        compile_network(own)
     shape = batch, H.image_size, H.image_size, H.image_channels
     x = torch.randn(shape, device=args.device)
     target = torch.randint(0, 256, shape, device=args.device) / 127.5 - 1

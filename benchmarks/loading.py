@@ -29,6 +29,7 @@ from batches import EpochBatches, Images, make_loader
 from data import FfhqFiles, set_up_data
 from endings import run_command
 from hps import Hyperparams, add_vae_arguments, parse_args_and_update_hparams
+from launchers import resolve_device
 from optimizers import make_optimizer
 from options import OneLineParser, add_own_options
 from train import training_step
@@ -61,10 +62,10 @@ def resident_mb():
     raise RuntimeError("no VmRSS in /proc/self/status")
 
 
-def child(dataset, root, started):
+def child(device, dataset, root, started):
     """Opens a data set, trains 10 steps, reads 2,000 batches; prints seconds and megabytes."""
     start = time.time()
-    H = make_H("--dataset", dataset, "--data_root", root)
+    H = make_H("--dataset", dataset, "--data_root", root, "--device", device)
     H.update(mpi_size=1, rank=0, local_rank=0)
     H, train, _, preprocess_fn = set_up_data(H)
     batches = EpochBatches(len(train), H.n_batch, 0, 1, seed=0)
@@ -88,7 +89,7 @@ def child(dataset, root, started):
     print(json.dumps({**figures, "resident_mb": peak}))
 
 
-def measure_memory(folder):
+def measure_memory(folder, device="cpu"):
     big, tiny = folder / "imagenet64-train.npy", folder / "tiny.npy"
     sparse_npy(big, (1281149, 64, 64, 3))
     sparse_npy(folder / "imagenet64-valid.npy", (49999, 64, 64, 3))
@@ -96,7 +97,8 @@ def measure_memory(folder):
     np.save(tiny, noise)
 
     def run(*args):
-        command = [sys.executable, __file__, "memory", "--child", *map(str, args), str(time.time())]
+        command = [sys.executable, __file__, "memory", "--child", device, *map(str, args)]
+        command += [str(time.time())]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         return json.loads(done.stdout)
 
@@ -179,7 +181,8 @@ MEASURES = {
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("measures", nargs="+", choices=MEASURES)
-    parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--device", default="cpu", help="of `memory`'s steps: cpu or cuda")
+    parser.add_argument("--child", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.child:
@@ -187,7 +190,8 @@ def main():
         return
     for name in args.measures:
         with tempfile.TemporaryDirectory() as folder:
-            figures = MEASURES[name](Path(folder))
+            device = [resolve_device(args.device)] if name == "memory" else []
+            figures = MEASURES[name](Path(folder), *device)
         rounded = {k: round(v, 2) if isinstance(v, float) else v for k, v in figures.items()}
         print(json.dumps({"measure": name, **rounded}))
 

@@ -24,7 +24,7 @@ from batches import EpochBatches, make_loader
 from data import set_up_data
 from endings import run_command
 from errors import UserError
-from launchers import world
+from launchers import resolve_device, world
 from options import OneLineParser
 from presets import get_hparams
 from run_folder import begin_run
@@ -34,7 +34,9 @@ from train_helpers import accumulate_stats, load_opt, load_vaes, set_up_hyperpar
 
 def child(args):
     """Runs the steps and prints a JSON object of median seconds: step, data, ema, log."""
-    options = f"--hps {args.preset} --dataset photos32 --device cpu --save_dir {args.child}"
+    options = (
+        f"--hps {args.preset} --dataset photos32 --device {args.device} --save_dir {args.child}"
+    )
     H, logprint = set_up_hyperparams(
         [*options.split(), "--n_batch", str(args.batch // world().size)]
     )
@@ -49,6 +51,8 @@ def child(args):
     def timed(name, call):
         start = time.perf_counter()
         result = call()
+        if H.device.startswith("cuda"):
+            torch.cuda.synchronize()
         times[name].append(time.perf_counter() - start)
         return result
 
@@ -73,7 +77,7 @@ def launch(args, processes, folder):
     threads = {"OMP_NUM_THREADS": str(2 // processes)}
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
     command += [__file__, "--child", folder, "--preset", args.preset]
-    command += ["--batch", str(args.batch), "--steps", str(args.steps)]
+    command += ["--batch", str(args.batch), "--steps", str(args.steps), "--device", args.device]
     done = subprocess.run(command, env=os.environ | threads, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
@@ -87,18 +91,21 @@ def main(s=None):
     parser.add_argument("--batch", type=int, default=8, help="images a step, of all processes")
     parser.add_argument("--steps", type=int, default=6, help="steps of a turn")
     parser.add_argument("--rounds", type=int, default=3, help="turns of which to take the median")
+    parser.add_argument("--device", default="cpu", help="auto, cpu or cuda: a card a process")
     parser.add_argument("--child", metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args(s)
     if args.child:
         return child(args)
+    args.device = resolve_device(args.device).split(":")[0]  # each process has its own
+    sizes = [1] if args.device == "cuda" and torch.cuda.device_count() < 2 else [1, 2]
     if get_hparams(args.preset).image_size != 32:
         raise UserError(f"--preset {args.preset}: photos32 has 32 pixels; name cifar10 or photos32")
-    found = {1: [], 2: []}
+    found = {size: [] for size in sizes}
     with tempfile.TemporaryDirectory() as folder:
         for _ in range(args.rounds):
             for processes, figures in found.items():
                 figures.append(launch(args, processes, folder))
-    one, two = (
+    one, *two = (
         {name: statistics.median(f[name] for f in figures) for name in figures[0]}
         for figures in found.values()
     )
@@ -108,9 +115,10 @@ def main(s=None):
         "step_s": one["step"],
         **{f"{name}_ms": one[name] * 1e3 for name in ("data", "ema", "log")},
         "around_share": around,
-        "step_s_of_two_processes": two["step"],
-        "parallel_efficiency": one["step"] / two["step"],
     }
+    for figures in two:
+        report["step_s_of_two_processes"] = figures["step"]
+        report["parallel_efficiency"] = one["step"] / figures["step"]
     for name, value in report.items():
         print(f"{name:24} {value:.4g}")
     return report

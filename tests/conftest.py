@@ -19,9 +19,13 @@ def _one_thread():
 
 
 @pytest.fixture(autouse=True)
-def _as_large(monkeypatch):
-    """Tiny networks compute as large ones do (test_fused.py has both ways)."""
-    monkeypatch.setattr(fused, "SMALL", 0)
+def _as_large(request, monkeypatch):
+    """Tiny networks compute as large ones do; with @pytest.mark.small they compute as they are."""
+    if request.node.get_closest_marker("small"):
+        return
+    for name in ("SMALL", "SMALL_BATCH", "SMALL_GELU", "SMALL_PRODUCT", "TINY"):
+        monkeypatch.setattr(fused, name, 0)
+    monkeypatch.setattr(fused, "LONE", ())
 
 
 @pytest.fixture(scope="session")

@@ -261,7 +261,7 @@ def figures(folder):
     found = {}
     for event in events(folder):
         if event.get("type") in ("train_loss", "eval_loss"):
-            for key in ("time", "iter_time", "images_per_second"):
+            for key in ("time", "iter_time", "images_per_second", "images_per_second_overall"):
                 event.pop(key, None)
             key, text = (event["type"], event["step"]), json.dumps(event)
             assert found.setdefault(key, text) == text

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import bench
+import compiled
 import growth
 import imageio.v3 as imageio
 import pytest
@@ -37,6 +38,12 @@ def test_bench_of_compiled_blocks():
     options = "--presets digits --batches 2 --rounds 1 --device cpu --tasks evaluate --compile"
     [row] = bench.main(options.split())["rows"]
     assert row["time_of_without"] > 0
+
+
+@pytest.mark.slow
+def test_what_compiling_costs():
+    [row] = compiled.main("digits --batch 2 --rounds 1 --device cpu".split())
+    assert row["compile_train_s"] > row["again_train_s"] > 0 and row["train_s"] > 0
 
 
 def test_growth(tmp_path):

@@ -222,6 +222,7 @@ def test_what_a_run_logs(digits):
                  "distortion_nans"}  # fmt: skip
     for e in trains:
         assert published | {"bits_per_dim", "skip_rate", "images_per_second"} <= e.keys()
+        assert 0 < e["images_per_second_overall"] < 1.01 * e["images_per_second"]
         assert e["model"] == "test" and e["epoch"] == (e["step"] - 1) // 43
         assert e["lr"] == pytest.approx(2e-3 * min(1, e["step"] / 100))
         assert e["skip_rate"] == e["skipped_updates"] / min(5, e["step"])
