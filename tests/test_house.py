@@ -13,11 +13,11 @@ ROOT = Path(__file__).parent.parent
 ORDER = (
     "interrupts errors files file_kinds file_systems resources image_sets options launchers "
     "processes turns logs endings noise temperatures fused recomputing compiling labels "
-    "likelihood bounds embeddings block_strings hps torch_files safetensors_files downloads utils vae_helpers "
-    "vae presets decoding image_files batches label_files packing own_images records weights "
-    "starting data checkpoints run_folder resuming optimizers fonts pictures reports "
-    "train_helpers outputs plot files_to_npy steps synthesis label_choices latent_files "
-    "scores exports demo ahead sample graphs totals train"
+    "likelihood bounds embeddings block_strings hps torch_files safetensors_files downloads "
+    "utils vae_helpers vae presets decoding image_files batches label_files packing "
+    "own_images records weights starting data checkpoints run_folder resuming optimizers "
+    "fonts pictures reports train_helpers outputs plot files_to_npy steps synthesis "
+    "label_choices latent_files scores exports demo ahead sample graphs totals train"
 ).split()
 
 
