@@ -83,7 +83,7 @@ def test_small_networks_are_cut_into_no_more_operators():
 def preset(name):
     torch.manual_seed(0)
     H = get_hparams(name)
-    shape = 1, H.image_size, H.image_size, 3
+    shape = 1, H.image_size, H.image_size, H.image_channels
     return VAE(H), (torch.randn(shape), torch.rand(shape) * 2 - 1)
 
 
