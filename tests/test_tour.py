@@ -1,0 +1,29 @@
+"""docs/tour.ipynb: a notebook that trains, then uses the model, as it stands."""
+
+import os
+
+import nbformat
+from nbclient import NotebookClient
+from runs import ENV, ROOT
+
+TOUR = ROOT / "docs" / "tour.ipynb"
+
+
+def pictures(notebook):
+    """How many pictures the outputs of a notebook hold; none of them is of an error."""
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", ())]
+    assert not [output for output in outputs if output.output_type == "error"]
+    return sum("image/png" in output.get("data", {}) for output in outputs)
+
+
+def test_the_tour_goes_through(tmp_path, monkeypatch):
+    kept = nbformat.read(TOUR, as_version=4)
+    assert pictures(kept) == 6 and os.path.getsize(TOUR) <= 500_000
+    for name, value in (ENV | {"RUNS": str(tmp_path)}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WEIGHTS", raising=False)
+    place = {"metadata": {"path": str(TOUR.parent)}}
+    made = NotebookClient(kept, timeout=120, kernel_name="python3", resources=place).execute()
+    assert pictures(made) == 6
+    nbformat.write(made, tmp_path / "made.ipynb")
+    assert os.path.getsize(tmp_path / "made.ipynb") <= 500_000
