@@ -89,9 +89,10 @@ class Varied(Dataset):
         turned = chosen(self.mirrored, indices, seed, MIRRORING, epoch)  # (N,)
         dropped = chosen(self.dropped, indices, seed, DROPPING, epoch)  # (N,)
         varied = []
-        for turn, drop, (image, *label) in zip(turned, dropped, items, strict=True):
-            label = [torch.full_like(torch.as_tensor(t), -1) for t in label] if drop else label
-            varied.append((image.flip(1) if turn else image, *label))
+        for turn, drop, (image, *more) in zip(turned, dropped, items, strict=True):
+            if drop:
+                more[0] = torch.full_like(torch.as_tensor(more[0]), -1)
+            varied.append((image.flip(1) if turn else image, *more))
         return varied
 
 

@@ -10,7 +10,7 @@ import torch
 
 from data import set_up_data
 from endings import run_command
-from errors import one_line
+from errors import UserError, one_line
 from files import replace
 from options import OneLineParser
 from options import path as path_type
@@ -37,6 +37,11 @@ def main():
     weights, out = (os.path.join(run, name) for name in ("latest-model-ema.th", "digits.png"))
     model, columns = load_model(weights), range(COLUMNS)
     names = model.H.label_names
+    if not names:
+        raise UserError(
+            f"{run} is of an earlier version, whose digits had no labels: name another folder, as "
+            f"in make demo SAVE=runs"
+        )
     rows = [
         draw_samples(
             model,

@@ -125,7 +125,7 @@ def channels_of(H):
     """
     try:
         channels = H.image_channels
-    except (AttributeError, KeyError):
+    except Exception:  # a program's H may raise anything
         channels = None
     channels = 3 if channels is None else channels
     if channels not in CHANNELS:

@@ -8,14 +8,9 @@ import torch
 
 from errors import UserError, one_line
 from label_files import WORDS
-from labels import labels_of
+from labels import known_labels, labels_of, names_of
 from noise import LABELLING, image_generators
 from starting import refuse_unlabelled
-
-
-def known_labels(H):
-    """The names of a network's labels; numbers where nothing tells them."""
-    return H.label_names or [str(i) for i in range(labels_of(H))]
 
 
 def numbers_named(H, text, option):
@@ -106,8 +101,7 @@ def names_for(H, asked, indices):
     """Their names, "" where nothing was asked for: as files record them."""
     if asked is None:
         return np.array([""] * len(indices))
-    names = [*known_labels(H), ""]
-    return np.array([names[label] for label in asked(indices).tolist()])
+    return np.array(names_of(H, asked(indices)))
 
 
 def recorded_labels(H, names):
@@ -118,7 +112,7 @@ def recorded_labels(H, names):
     Raises:
         UserError: for a name that the network does not know.
     """
-    if names is None or not any(names):
+    if names is None or not any(names) or not labels_of(H):
         return None
     known = {name: i for i, name in enumerate(known_labels(H))}
     if unknown := next((name for name in names if name and name not in known), None):
@@ -133,6 +127,9 @@ def in_words(H, text):
     return "" if text in (None, "none") else one_line(f", label {text}")
 
 
+WIDEST = 40  # columns of a grid in which each label has a row
+
+
 def rows_of_labels(H, text, n):
     """(name, slice of its images) of each row of a grid of n images, whose labels come in turn.
 
@@ -141,7 +138,7 @@ def rows_of_labels(H, text, n):
     if text in (None, "none", "random") or text != "all" and "," not in text:
         return None
     names = known_labels(H) if text == "all" else text.split(",")
-    if n < len(names):
+    if n < len(names) or math.isfinite(n) and n > WIDEST * len(names):
         return None
     return [(name, slice(i, None, len(names))) for i, name in enumerate(names)]
 
@@ -149,4 +146,4 @@ def rows_of_labels(H, text, n):
 def default_count(H, text):
     """Samples of a command that names no number: 16, or of several labels eight each."""
     several = rows_of_labels(H, text, math.inf) if labels_of(H) and text else None
-    return 8 * len(several) if several else 16
+    return max(len(several), min(8 * len(several), 1000)) if several else 16

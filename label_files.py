@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from errors import UserError, one_line, reason_of
+from file_kinds import not_regular
 
 # What --label takes beside names of labels.
 WORDS = ("all", "none", "random")
@@ -16,7 +17,7 @@ def sorted_names(names):
     """Names of labels in their order: integers by number, then the others by letters."""
 
     def key(name):
-        whole = re.fullmatch(r"[+-]?\d+", name, re.ASCII)
+        whole = re.fullmatch(r"[+-]?\d{1,18}", name, re.ASCII)
         return (not whole, int(name) if whole else 0, name)
 
     return sorted(names, key=key)
@@ -48,9 +49,10 @@ def labels_of_files(how, root, files):
             if not isinstance(entry, list) or len(entry) != 2 or not isinstance(entry[0], str):
                 raise _refused(how, f"{_short(entry)} is no pair of a file's name and its label")
             name, label = entry[0], _name_of(how, entry[0], entry[1])
+            name = os.path.relpath(name, root) if os.path.isabs(name) else os.path.normpath(name)
             if listed.setdefault(name, label) != label:
                 raise _refused(how, f"{name} has two labels, {listed[name]} and {label}")
-        for name in listed.keys() - set(files):
+        for name in sorted(listed.keys() - set(files)):
             if not os.path.lexists(Path(root, name)):
                 raise _refused(how, f"{name} is not in {root}")
         found = [listed.get(name) for name in files]
@@ -70,10 +72,7 @@ def labels_of_array(how, n):
     labels = _read(how)
     if len(labels) != n:
         raise _refused(how, f"it has {len(labels):,} labels, the array {n:,} images")
-    found = [
-        None if label in (None, -1) else _name_of(how, f"image {i}", label)
-        for i, label in enumerate(labels)
-    ]
+    found = [_name_of(how, f"image {i}", label) for i, label in enumerate(labels)]
     check_names(found, how)
     if not any(found):
         raise _refused(how, "it has no label")
@@ -81,6 +80,8 @@ def labels_of_array(how, n):
 
 
 def _read(path):
+    if special := not_regular(path):
+        raise UserError(f"--labels {path} is {special}: name a JSON file, or `folders`")
     try:
         content = json.loads(Path(path).read_bytes())
     except OSError as error:
@@ -97,7 +98,9 @@ def _read(path):
 
 
 def _name_of(path, of, label):
-    """A label's name; an integer is its digits."""
+    """A label's name; an integer is its digits, null and -1 are none."""
+    if label is None or label == -1 and not isinstance(label, bool):
+        return None
     if isinstance(label, bool) or not isinstance(label, int | str):
         raise _refused(path, f"the label of {of} is {_short(label)}: it must be a number or a name")
     return str(label)
@@ -114,7 +117,7 @@ def _short(value):
 
 def check_names(names, how):
     """Raises UserError for a name that --label could not take."""
-    for name in set(names) - {None}:
+    for name in sorted(set(names) - {None}):
         if "," in name or name in WORDS or not name.strip():
             raise UserError(
                 f"--labels {how}: a label is called {name!r}, and --label takes names parted by "

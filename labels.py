@@ -5,8 +5,6 @@ import inspect
 import numpy as np
 import torch
 
-from fused import without_autocast
-
 # The largest resolution that has a table: what an image shows is decided up to there.
 LARGEST_LABELLED = 8
 
@@ -15,8 +13,13 @@ def labels_of(H):
     """How many labels a network knows: H.n_labels; 0 where H has none, or raises for it."""
     try:
         return H.n_labels or 0
-    except (AttributeError, KeyError):
+    except Exception:  # a program's H may raise anything
         return 0
+
+
+def known_labels(H):
+    """The names of a network's labels; their numbers where nothing tells them."""
+    return getattr(H, "label_names", None) or [str(i) for i in range(labels_of(H))]
 
 
 def given(labels):
@@ -24,18 +27,19 @@ def given(labels):
     return {} if labels is None else {"labels": labels}
 
 
-def taking(function, labels, *places):
-    """[labels] where a function that a program may have put in place takes it behind `places`.
+def taking(function, labels):
+    """(args, kwargs) that hand labels to a function that a program may have put in place.
 
-    One with the original's arguments is called with those alone.
+    They go by keyword where it takes them so, behind all others where it takes any number, and not
+    at all where it has the original's arguments alone.
     """
     if labels is None:
-        return []
-    try:
-        inspect.signature(function).bind(*places, labels)
-    except TypeError:
-        return []
-    return [labels]
+        return (), {}
+    parameters = inspect.signature(function, follow_wrapped=False).parameters
+    kinds = {parameter.kind for parameter in parameters.values()}
+    if "labels" in parameters or inspect.Parameter.VAR_KEYWORD in kinds:
+        return (), {"labels": labels}
+    return ((labels,) if inspect.Parameter.VAR_POSITIONAL in kinds else ()), {}
 
 
 def labels_in(batch, H):
@@ -43,16 +47,18 @@ def labels_in(batch, H):
     return batch[1] if labels_of(H) else None
 
 
-def label_names(H, labels):
-    """The name of each label, "" for -1; of a network whose names are not known, the number."""
+def names_of(H, labels):
+    """The name of each label, "" for -1; [] for None."""
     if labels is None:
         return []
-    names = [*(getattr(H, "label_names", None) or map(str, range(labels_of(H)))), ""]
+    names = [*known_labels(H), ""]
     return [names[label] for label in torch.as_tensor(labels).tolist()]
 
 
-def check_labels(labels, n, n_labels):
+def check_labels(labels, n, n_labels, any_number=False):
     """labels, in any array's form, as an int64 tensor; None as -1 for each of n images.
+
+    any_number: whether there may be another number of them than n.
 
     Raises:
         ValueError: for another shape than (n,), numbers that are none of a label, or labels of a
@@ -62,10 +68,13 @@ def check_labels(labels, n, n_labels):
     if labels is None:
         return torch.full((n,), -1)
     if not torch.is_tensor(labels):
-        labels = torch.from_numpy(np.asarray(labels))
+        labels = np.asarray(labels)
+        if labels.dtype.kind not in "iu" and labels.size:
+            raise ValueError(f"labels are {labels.dtype}: they must be int64, -1 for none")
+        labels = torch.from_numpy(labels.astype(np.int64))
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise ValueError(f"labels are {labels.dtype}: they must be int64, -1 for none")
-    if labels.ndim != 1 or len(labels) != n and n != 1:
+    if labels.ndim != 1 or len(labels) != n and not any_number:
         raise ValueError(f"labels are {tuple(labels.shape)}: {n} images need ({n},)")
     if labels.device.type == "cpu" and len(labels):
         low, high = labels.min().item(), labels.max().item()
@@ -76,27 +85,23 @@ def check_labels(labels, n, n_labels):
     return labels.long()
 
 
-def label_rows(tables, labels, n):
+def label_rows(tables, labels, n, any_number=False):
     """The row of each image's label, zeros for -1, of each table: a list of (N, C, R, R).
 
     Every table is read, whatever the labels: so its gradient exists on every process.
 
     Args:
         tables: a list of (n_labels, C, R, R).
-        labels: as in check_labels, N of them; N is n, or any number where n is 1.
+        labels, any_number: as in check_labels, N of them.
 
     Raises:
         ValueError: as check_labels.
     """
     if not len(tables):
         if labels is not None:
-            check_labels(labels, n, 0)
+            check_labels(labels, n, 0, any_number)
         return []
-    labels = check_labels(labels, n, len(tables[0])).to(tables[0].device, non_blocking=True)
-    numbers = torch.arange(len(tables[0]), device=labels.device)
-    chosen = labels[:, None] == numbers  # (N, n_labels)
-    with without_autocast(labels.device.type):
-        return [
-            (chosen.to(table.dtype) @ table.flatten(1)).view(-1, *table.shape[1:])
-            for table in tables
-        ]
+    labels = check_labels(labels, n, len(tables[0]), any_number)
+    labels = labels.to(tables[0].device, non_blocking=True)
+    told, labels = (labels >= 0).view(-1, 1, 1, 1), labels.clamp(min=0)
+    return [torch.where(told, table[labels], 0) for table in tables]

@@ -196,11 +196,13 @@ class LatentFile:
         with self._reading(), np.load(path, allow_pickle=False) as arrays:
             made_with = str(arrays["weights"]) if "weights" in arrays else None
             names = next((key for key in ("label", "labels") if key in arrays.files), None)
-            self.labels = names and [str(name) for name in arrays[names]]
+            self.labels = names and [str(name) for name in np.atleast_1d(arrays[names])]
             if "embeddings" in arrays.files:
                 self._open_embeddings(arrays)
             else:
                 self._open_tensors(arrays)
+            if self.labels is not None and len(self.labels) != self.n:
+                raise ValueError(f"it has {len(self.labels)} labels for {self.n} images")
         # The file's own sha256 is what stood there before.
         if made_with not in (None, weights_hash(model)) and made_with != sha256(
             args.restore_ema_path

@@ -31,7 +31,10 @@ def _mixture_parameters(l, nr_mix):
     are (..., 1, K), coefficients (..., 1, 0).
     """
     logits, rest = l[..., :nr_mix], l[..., nr_mix:]
-    channels = 3 if l.shape[-1] == n_parameters(3) * nr_mix else 1
+    sizes = {n_parameters(channels) * nr_mix: channels for channels in (1, 3)}
+    if l.shape[-1] not in sizes:
+        raise ValueError(f"{l.shape[-1]} parameters a pixel are none of {nr_mix} logistics")
+    channels = sizes[l.shape[-1]]
     of_channel = rest.shape[-1] // channels  # 3K or 2K
     rest = rest.reshape(*l.shape[:-1], channels, of_channel)
     means, log_scales, coefficients = rest.tensor_split((nr_mix, 2 * nr_mix), dim=-1)
@@ -148,7 +151,15 @@ def discretized_mix_logistic_loss(x, l, low_bit=False):
 
     Returns:
         (N,), nats per dimension.
+
+    Raises:
+        ValueError: for channels and parameters that do not fit.
     """
+    if x.shape[-1] not in (1, 3) or l.shape[-1] % n_parameters(x.shape[-1]):
+        raise ValueError(
+            f"targets of {x.shape[-1]} channels, mixtures of {l.shape[-1]} parameters: a pixel has "
+            f"10K for three channels, 3K for one"
+        )
     x, l = at_least_float32(x), at_least_float32(l)
     if not torch.is_grad_enabled():
         x, l = x.detach(), l.detach()  # no gradient beside the value

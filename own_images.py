@@ -19,6 +19,7 @@ from files import read_json, write_json
 from image_files import ImageArray, NpyImages, list_images, open_npy
 from label_files import labels_digest, labels_of_array, labels_of_files, numbers_of
 from launchers import world
+from logs import print_line
 from options import DEFAULTS, setting
 from packing import Packing, cached, names_in_packing, packed_images, state_of
 from safetensors_files import metadata_of
@@ -248,14 +249,22 @@ def _label(H, record, own, own_path, grown):
     Raises:
         UserError: as label_files; for other labels than those of the run's folder.
     """
-    how = setting(H, "labels")
-    if not how:
+    how, n = setting(H, "labels"), record["n_images"]
+    if how is None or setting(H, "label") == "none" and H.test_eval:
         return None
-    files = record.get("files")
-    if files is None:
-        found, files = labels_of_array(how, record["n_images"]), range(record["n_images"])
-    else:
-        found = labels_of_files(how, H.data_root, files)
+    files = record.get("files") or range(n)
+    try:
+        found = (
+            labels_of_files(how, H.data_root, files)
+            if "files" in record
+            else labels_of_array(how, n)
+        )
+    except UserError as error:
+        if not H.test_eval or "labels" in (H.given_options or ("labels",)):
+            raise
+        # The weights' run had labels; these images need none.
+        print_line(one_line(f"evaluated without labels: {error}"))
+        return None
     H.label_names, numbers = numbers_of(found, how, H.label_names)
     H.n_labels = len(H.label_names)
     digest = labels_digest(files, found)

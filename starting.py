@@ -6,11 +6,11 @@ import numpy as np
 import torch.distributed as dist
 
 from errors import UserError, one_line
-from image_sets import CHANNELS
+from image_sets import CHANNELS, IMAGE_SETS, set_labels
 from labels import labels_of
 from launchers import world
 from options import OPTIONS, setting
-from presets import shapes_of
+from presets import facts_of_shapes, shapes_of
 from records import normalisation_of, state_beside
 from turns import each_host_first
 from utils import maybe_download
@@ -79,15 +79,12 @@ def starting_normalisation(H):
     return normalisation_of(path, (lambda: shapes_of(read_weights(path))) if counts else None)
 
 
-TABLES = "decoder.label_xs."  # what the names of a network's tables of labels begin with
-
-
 def same_labels(H, path, state):
     """Whether the weights `state`, of the file `path`, know the labels of H, in their order.
 
     Where nothing tells their names, those of as many labels are taken to be the same.
     """
-    if len(state[f"{TABLES}0"]) != labels_of(H):
+    if facts_of_shapes(shapes_of(state))[1] != labels_of(H):
         return False
     _, old = state_beside(path) or (None, {})
     return old.get("label_names") in (None, H.label_names)
@@ -110,38 +107,60 @@ def take_network(H):
         whether H.n_labels and H.label_names are theirs.
 
     Raises:
-        UserError: for a damaged record; as read_weights.
+        UserError: for a damaged record; as read_weights; for channels that the data set, or under
+            --resume the run, does not have.
     """
     weights, ema = starting_paths(H)
     if not (ema or weights):
         return False
-    path, given, new = fetched(ema or weights), H.given_options or (), setting(H, "init_from")
+    path = fetched(ema or weights)
     if not os.path.exists(path):  # which load_vaes then says
         return False
     state, old = state_beside(path) or (None, {})
     recorded = {"enc_blocks", "dec_blocks", "image_channels"} <= old.keys()
-    if new or H.given_options is None or not recorded:  # a program names all that it wants
-        shapes = shapes_of(read_weights(path))
-        channels = shapes.get("encoder.in_conv.weight", (0, 0))[1]
-        if channels in CHANNELS and "image_channels" not in given and H.dataset in BOTH:
-            H.image_channels = channels
-        n_labels = shapes.get(f"{TABLES}0", (0,))[0]
-        if new or "labels" in given:
-            return False
-        H.n_labels = n_labels
-        if len(H.label_names or ()) != n_labels:
-            H.label_names = [str(i) for i in range(n_labels)]
-        return True
+    # A program that has made H names all that it wants.
+    if setting(H, "init_from") or H.given_options is None or not recorded:
+        return _take_shapes(H, path, old)
     if H.image_size and old.get("image_size") not in (None, H.image_size):
         return False  # another model, as load_vaes then says
+    return _take_record(H, state, old)
+
+
+def _take_shapes(H, path, old):
+    """take_network by the shapes of weights, with the names of labels that a record tells."""
+    channels, n_labels = facts_of_shapes(shapes_of(read_weights(path)))
+    given = H.given_options or ()
+    if channels in CHANNELS and "image_channels" not in given and H.dataset in BOTH:
+        H.image_channels = channels
+    if setting(H, "init_from") or "labels" in given:
+        return False
+    names = [old.get("label_names"), H.label_names, [str(i) for i in range(n_labels)]]
+    H.n_labels = n_labels
+    H.label_names = next(found for found in names if len(found or ()) == n_labels) or []
+    return True
+
+
+def _take_record(H, state, old):
+    """take_network by the hyperparameters `old` that the file `state` has recorded."""
     names = [name for name, *_ in OPTIONS["network"] if name in old]
-    taken = [name for name in [*names, *RECORDED] if name not in given]
-    if "labels" in given:
-        taken = [name for name in taken if name not in ("n_labels", "label_names")]
-        H.label_names = old.get("label_names")
+    taken = [name for name in [*names, *RECORDED] if name not in H.given_options]
     changed = [n for n in names if n in taken and H[n] != old[n]]
+    channels = H.image_channels if "image_channels" in H.given_options else old["image_channels"]
+    if H.resumed and channels != old["image_channels"]:
+        raise UserError(
+            f"--resume: image_channels is {channels} now; the run had {old['image_channels']}, and "
+            f"the network depends on it: set it back"
+        )
+    if H.dataset not in BOTH and channels != IMAGE_SETS[H.dataset].channels:
+        raise UserError(
+            f"{state} tells of a network for {channels} channels, {H.dataset} has "
+            f"{IMAGE_SETS[H.dataset].channels}: name a --dataset of as many, such as images"
+        )
     H.update({name: old.get(name) for name in taken})
-    H.n_labels, H.label_names = H.n_labels or 0, H.label_names or []
+    H.n_labels, H.label_names = old.get("n_labels") or 0, old.get("label_names") or []
+    if "labels" in H.given_options and H.dataset != "images":
+        H.label_names = set_labels(H.dataset, H.labels)
+        H.n_labels = len(H.label_names)
     if changed and world().rank == 0:
         print(
             one_line(
@@ -186,8 +205,11 @@ def describe_labels(H, splits):
         labels = splits[0].labels[splits[0].indices]
         counts = np.bincount(labels[labels >= 0], minlength=n_labels)
         H.label_counts = [*counts.tolist(), int((labels < 0).sum())]
+    evaluated = splits[2 if H.test_eval else 1]
+    if (evaluated.labels[evaluated.indices] < 0).all():
+        H.label = "none"
     if setting(H, "label") == "none":
-        refuse_unlabelled(H, "--label none")
+        refuse_unlabelled(H, "--label none" if "label" in given else "no image has a label")
 
 
 def refuse_unlabelled(H, what):

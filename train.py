@@ -27,7 +27,7 @@ from files import replace
 from fused import forward_precision
 from graphs import steps_of
 from image_sets import IMAGE_SETS, result_notice
-from labels import given, label_names, labels_in, labels_of, taking
+from labels import given, labels_in, labels_of, names_of, taking
 from launchers import world
 from logs import buffer_log, show_log
 from noise import (
@@ -213,7 +213,7 @@ def write_images(H, ema_vae, viz_batch_original, viz_batch_processed, fname, log
     logprint(f"writing pictures to {fname}")
     title = f"{H.desc or ''} {os.path.splitext(os.path.basename(fname))[0]}".strip()
     words, images = zip(*rows, strict=True)
-    picture = labelled_grid(images, words, label_names(H, labels), title)
+    picture = labelled_grid(images, words, names_of(H, labels), title)
     replace(fname, lambda partial: picture.save(partial, "PNG"), durable=True)
 
 
@@ -225,8 +225,8 @@ def draw(H, ema_vae, viz, labels, step, logprint):
     fname = os.path.join(H.save_dir, f"samples-{step}.png")
     try:
         with forward_precision(setting(H, "precision"), viz[1].device):
-            published = (H, ema_vae, *viz, fname, logprint)
-            write_images(*published, *taking(write_images, labels, *published))
+            more, named = taking(write_images, labels)
+            write_images(H, ema_vae, *viz, fname, logprint, *more, **named)
     except OSError as error:
         logprint(f"WARNING: no pictures at step {step} ({error})")
 
@@ -307,7 +307,8 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
         f"parts x {batches.size} processes)"
     )
     viz = get_sample_for_visualization(data_valid, preprocess_fn, H.num_images_visualize, H.dataset)
-    drawn = ema_vae, viz, labels_in(next(iter(DataLoader(data_valid, len(viz[0])))), H)
+    labels = next(iter(DataLoader(data_valid, len(viz[0]))))[1] if labels_of(H) else None
+    drawn = ema_vae, viz, labels
     begin_training(H)
     if starting_epoch >= H.num_epochs:
         logprint(f"nothing left to do: --num_epochs {H.num_epochs} are done, at step {at.step}")
@@ -333,8 +334,9 @@ def train_loop(H, data_train, data_valid, preprocess_fn, vae, ema_vae, logprint)
                 means, batch = (get_cpu_stats_over_ranks, update_ema), (data_input, target, labels)
                 unread.add(steps.launch(*batch, step, *means))
             else:
+                more, named = taking(training_step, labels)
                 published = (H, data_input, target, *models, step)
-                unread.add(training_step(*published, *taking(training_step, labels, *published)))
+                unread.add(training_step(*published, *more, **named))
             scheduler.step()
             early = step + 1 - at.first_step in EARLY_STEPS
             due = early or not left or not all((step + 1) % every for every in intervals)

@@ -297,14 +297,14 @@ class Decoder(HModule):
         """The state at image_size → px_z, both (N, H.width, R, R)."""
         return torch.addcmul(self.bias, x, self.gain).contiguous()
 
-    def _start(self, n, labels=None):
+    def _start(self, n, labels=None, any_number=False):
         """The first state: the learned constants, and zeros where the first block has none.
 
         Each image's label adds its row to those up to 8x8.
         """
         own = [t.flatten(1).view(t.shape) for t in self.bias_xs]  # gradients get their strides
         xs = {t.shape[2]: channels_last(t).expand(n, -1, -1, -1) for t in own}
-        for rows in label_rows(list(getattr(self, "label_xs", ())), labels, n):
+        for rows in label_rows(getattr(self, "label_xs", ()), labels, n, any_number):
             r = rows.shape[2]
             xs[r] = channels_last(xs[r] + rows)  # (N, C, R, R)
         first = self.dec_blocks[0].base
@@ -356,7 +356,7 @@ class Decoder(HModule):
         latents, n_blocks = list(latents), len(self.dec_blocks)
         if len(latents) > n_blocks:
             raise ValueError(f"{len(latents)} latents given; the decoder has {n_blocks} blocks")
-        xs = self._start(n, labels)
+        xs = self._start(n, labels, any_number=n == 1)
         for i, block in enumerate(self.dec_blocks):
             z = latents[i] if i < len(latents) else None
             xs = block.forward_uncond(xs, temperature_of(t, i, n_blocks), lvs=z)

@@ -111,6 +111,10 @@ class DmolNet(nn.Module):
 
     def nll(self, px_z, x):
         """Distortion (N,) of targets x (N, R, R, c) in [-1, 1], nats per dimension."""
+        if x.shape[-1] != channels_of(self.H):
+            raise ValueError(
+                f"targets have {x.shape[-1]} channels; image_channels is {channels_of(self.H)}"
+            )
         low_bit = target_bits(self.H.dataset) == 5
         return discretized_mix_logistic_loss(x=x, l=self.forward(px_z), low_bit=low_bit)
 

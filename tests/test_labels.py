@@ -1,5 +1,6 @@
 """Labels in the network: tables, passes with and without, training, evaluation, resuming."""
 
+import functools
 import itertools
 import json
 import os
@@ -13,11 +14,14 @@ import torch
 from fakes import assert_refused, noise, run_H, write_cifar10
 from golden import generators
 from reference import PlainVAE
-from runs import SMALL, Run, check_latest, events, figures, hashes, start
+from runs import SMALL, Run, Signal, check_latest, events, figures, hashes, start
 
 from batches import EpochBatches, Images, Varied, training_batches
 from data import cifar10, set_up_data
+from errors import UserError
 from label_choices import asked_labels
+from labels import taking
+from likelihood import discretized_mix_logistic_loss, sample_from_discretized_mix_logistic
 from noise import DROPPING, chosen
 from presets import get_hparams, preset_of, shapes_of
 from train_helpers import load_vaes
@@ -444,3 +448,93 @@ def test_a_run_of_an_earlier_version_goes_on_with_its_own_network(tmp_path):
     status, text = Run([*argv, "--desc", "x", "--restore_ema_path", tmp_path / "alone.th"],
                        tmp_path / "o").wait()  # fmt: skip
     assert status == 2 and "none of the presets" in text.splitlines()[-1]
+
+
+# ---- what programs do ------------------------------------------------------------------------
+
+
+def test_functions_in_place_get_labels_as_they_take_them():
+    def published(a, b):
+        return {}
+
+    def own(a, b, scaler=None):
+        return {}
+
+    def labelled_one(a, b, labels=None):
+        return {}
+
+    @functools.wraps(labelled_one)
+    def around(*args):
+        return {}
+
+    found = [taking(f, 7) for f in (published, own, labelled_one, around, lambda *a, **k: 0)]
+    assert found == [((), {}), ((), {}), ((), {"labels": 7}), ((7,), {}), ((), {"labels": 7})]
+    assert taking(labelled_one, None) == ((), {})
+
+
+@pytest.mark.parametrize("error", [AttributeError, KeyError, RuntimeError, ValueError])
+def test_hyperparameters_that_raise(error):
+    H = get_hparams("photos32")
+
+    class Raises:
+        def __getattr__(self, name):
+            if name in ("n_labels", "image_channels"):
+                raise error(name)
+            return getattr(H, name)
+
+    assert list(VAE(Raises()).state_dict()) == list(VAE(H).state_dict())
+
+
+def test_shapes_that_do_not_fit_are_errors():
+    grey, (x, target) = labelled(), batch()
+    rgb = torch.rand(4, 8, 8, 3)
+    with pytest.raises(ValueError, match="targets have 3 channels; image_channels is 1"):
+        grey(x, rgb)
+    for t, l in ((rgb, torch.zeros(4, 8, 8, 12)), (rgb[..., :2], torch.zeros(4, 8, 8, 30))):
+        with pytest.raises(ValueError, match="3K for one"):
+            discretized_mix_logistic_loss(t, l)
+    with pytest.raises(ValueError, match="none of 5 logistics"):
+        sample_from_discretized_mix_logistic(torch.zeros(1, 8, 8, 100), 5)
+    with pytest.raises(ValueError, match=r"\(2,\): 1 images"):
+        grey(x[:1], target[:1], labels=[1, 2])
+    with pytest.raises(UserError, match="no learned constant up to 8x8"):
+        labelled(no_bias_above=0)
+    empty = grey.forward_uncond_samples(0, labels=[])
+    assert empty.shape == (0, 8, 8, 1)
+    a, b = (grey.forward_uncond_samples(3, generators=generators(3, 0, 1), labels=labels)
+            for labels in (np.arange(3)[::-1], np.array([2, 1, 0], np.uint16)))  # fmt: skip
+    assert (a == b).all()
+
+
+def test_a_row_of_another_label_does_no_harm():
+    vae, (x, target) = labelled(), batch()
+    with torch.no_grad():
+        vae.decoder.label_xs[0][3] = torch.nan
+    assert vae(x, target, labels=[1, 2, -1, 4])["elbo"].isfinite()
+
+
+def test_the_same_command_again(tmp_path):
+    """--labels own stands on the command line of the first start, of a resume, of an evaluation."""
+    write_cifar10(tmp_path)
+    argv = ("--hps cifar10 --labels own --width 8 --zdim 2 --num_mixtures 2 --num_epochs 1 "
+            "--enc_blocks 32x1,32d32,1x1 --dec_blocks 1x1,32m1 --n_batch 1000 --iters_per_save 2 "
+            "--num_images_visualize 1 --num_variables_visualize 1 --iters_per_print 1").split()  # fmt: skip
+    argv += ["--data_root", tmp_path, "--save_dir", tmp_path / "r", "--resume"]
+    assert Run(argv, tmp_path / "o", Signal(signal.SIGTERM, "step", 3)).wait()[0] == 143
+    status, text = Run(argv, tmp_path / "o", Signal(signal.SIGTERM, "step", 3)).wait()
+    assert status == 143 and "resuming from" in text, text
+    weights = tmp_path / "r" / "test" / "latest-model-ema.th"
+    status, text = Run([*argv[:-1], "--dry_run", "--test_eval", "--restore_ema_path", weights],
+                       tmp_path / "o").wait()  # fmt: skip
+    assert status == 0 and "labels    10 (airplane" in text, text
+    assert Run([*argv, "--labels", "folders"], tmp_path / "o").wait()[0] == 2
+
+
+def test_labelled_weights_on_images_without_labels(trained, tmp_path):
+    """What is evaluated is said to be without labels, and so it is."""
+    np.save(tmp_path / "a.npy", np.random.RandomState(0).randint(0, 255, (60, 8, 8), np.uint8))
+    argv = [*SMALL, "--dataset", "images", "--data_root", tmp_path / "a.npy", "--save_dir", tmp_path,
+            "--test_eval", "--restore_ema_path", trained / "latest-model-ema.th"]  # fmt: skip
+    status, text = Run(argv, tmp_path / "o").wait()
+    assert status == 0 and "labels: none" in text.splitlines()[-1], text
+    assert "not given in the evaluation" in text
