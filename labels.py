@@ -4,6 +4,9 @@ import inspect
 
 import numpy as np
 import torch
+from torch import nn
+
+from errors import UserError
 
 # The largest resolution that has a table: what an image shows is decided up to there.
 LARGEST_LABELLED = 8
@@ -83,6 +86,26 @@ def check_labels(labels, n, n_labels, any_number=False):
             known = f"0 to {n_labels - 1}, or -1 for none" if n_labels else "none: -1 alone is one"
             raise ValueError(f"label {wrong}: this network knows {known}")
     return labels.long()
+
+
+def label_tables(constants, n_labels):
+    """Tables of zeros, (n_labels, C, R, R) for each learned constant (1, C, R, R) up to 8x8.
+
+    Raises:
+        UserError: where there is no such constant.
+    """
+    tables = nn.ParameterList(
+        nn.Parameter(torch.zeros(n_labels, *t.shape[1:]))
+        for t in constants
+        if t.shape[2] <= LARGEST_LABELLED
+    )
+    if not len(tables):
+        raise UserError(
+            f"{n_labels} labels, but the decoder has no learned constant up to "
+            f"{LARGEST_LABELLED}x{LARGEST_LABELLED} that they could be added to: let dec_blocks "
+            f"begin below, and no_bias_above be no smaller"
+        )
+    return tables
 
 
 def label_rows(tables, labels, n, any_number=False):

@@ -332,6 +332,7 @@ def interpolate(args, model):
         row = np.concatenate([originals[:1], images, originals[1:]])
         columns = [a, *(f"{w:.2f}" for w in weights.tolist()), b]
         title = f"{name_of(model, args)}: {kept(model, k, args.temperature)}"
+        title += in_words(model.H, args.label)
         return labelled_grid([row], [""], columns, title)
 
     write_images(args, model, args.steps, make, draw)
@@ -374,6 +375,7 @@ def progressive(args, model):
         columns = [Path(path).stem for path in args.images] or [str(i) for i in range(n)]
         what = "" if args.images else f"samples, {words_of(args.temperature)}, seed {args.seed}, "
         title = f"{name_of(model, args)}: {what}layers to come at t = {args.rest:g}"
+        title += in_words(model.H, args.label)
         return labelled_grid(rows, names, columns, title)
 
     write_images(args, model, len(ends) * n, make, draw, n_frame=n)
@@ -411,6 +413,7 @@ def decode(args, model):
     def draw(images):
         starts = range(0, n, 12)
         title = f"{name_of(model, args)}: {kept(model, k, args.temperature)}"
+        title += in_words(model.H, args.label)
         return labelled_grid(
             [images[i : i + 12] for i in starts],
             [f"{i}" for i in starts],

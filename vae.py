@@ -36,7 +36,7 @@ from fused import (
     without_autocast,
 )
 from image_sets import channels_of
-from labels import LARGEST_LABELLED, given, label_rows, labels_of
+from labels import given, label_rows, label_tables, labels_of
 from noise import is_of_images, noise_of_images
 from recomputing import checkpointed, segments
 from temperatures import log_temperature, temperature_of
@@ -287,11 +287,7 @@ class Decoder(HModule):
         self.gain = nn.Parameter(torch.ones(1, H.width, 1, 1))
         self.bias = nn.Parameter(torch.zeros(1, H.width, 1, 1))
         if n_labels := labels_of(H):  # behind all others: positions in optimizer files stay
-            self.label_xs = nn.ParameterList(
-                nn.Parameter(torch.zeros(n_labels, *t.shape[1:]))
-                for t in self.bias_xs
-                if t.shape[2] <= LARGEST_LABELLED
-            )
+            self.label_xs = label_tables(self.bias_xs, n_labels)
 
     def final_fn(self, x):
         """The state at image_size → px_z, both (N, H.width, R, R)."""

@@ -518,7 +518,7 @@ def test_the_same_command_again(tmp_path):
     write_cifar10(tmp_path)
     argv = ("--hps cifar10 --labels own --width 8 --zdim 2 --num_mixtures 2 --num_epochs 1 "
             "--enc_blocks 32x1,32d32,1x1 --dec_blocks 1x1,32m1 --n_batch 1000 --iters_per_save 2 "
-            "--num_images_visualize 1 --num_variables_visualize 1 --iters_per_print 1").split()  # fmt: skip
+            "--num_images_visualize 1 --iters_per_print 1").split()  # fmt: skip
     argv += ["--data_root", tmp_path, "--save_dir", tmp_path / "r", "--resume"]
     assert Run(argv, tmp_path / "o", Signal(signal.SIGTERM, "step", 3)).wait()[0] == 143
     status, text = Run(argv, tmp_path / "o", Signal(signal.SIGTERM, "step", 3)).wait()
@@ -533,8 +533,8 @@ def test_the_same_command_again(tmp_path):
 def test_labelled_weights_on_images_without_labels(trained, tmp_path):
     """What is evaluated is said to be without labels, and so it is."""
     np.save(tmp_path / "a.npy", np.random.RandomState(0).randint(0, 255, (60, 8, 8), np.uint8))
-    argv = [*SMALL, "--dataset", "images", "--data_root", tmp_path / "a.npy", "--save_dir", tmp_path,
-            "--test_eval", "--restore_ema_path", trained / "latest-model-ema.th"]  # fmt: skip
+    argv = [*SMALL, "--dataset", "images", "--data_root", tmp_path / "a.npy",
+            "--save_dir", tmp_path, "--test_eval", "--restore_ema_path", trained / "latest-model-ema.th"]  # fmt: skip
     status, text = Run(argv, tmp_path / "o").wait()
     assert status == 0 and "labels: none" in text.splitlines()[-1], text
     assert "not given in the evaluation" in text
