@@ -2,7 +2,7 @@
 
 In a build of PyTorch without CUDA, FakeTensorMode carries shapes, types and devices through the
 real code; nothing is computed. The library is fake_cuda.cpp's, loaded before the first fake tensor.
-Prints a line of JSON a task:
+Prints "ready", then a line of JSON a task:
 
     calls: operators that compute, as benchmarks/bench.py counts them
     convolutions: {dtype of the input: how many}
@@ -56,12 +56,16 @@ class Watch(TorchDispatchMode):
         self.calls, self.convolutions, self.odd = 0, collections.Counter(), collections.Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out, name = func(*args, **(kwargs or {})), str(func)
+        name = str(func)
+        if "_local_scalar_dense" in name:
+            self.odd[f"{name} {place()}"] += 1
+            return 0.0  # a fake tensor has no number
+        out = func(*args, **(kwargs or {}))
         self.calls += not func.is_view and not name.startswith("prim.")  # those ask for a device
         leaves = [t for t in tree_leaves((args, kwargs, out)) if torch.is_tensor(t)]
         if "convolution" in name:
             self.convolutions[str(args[0].dtype).removeprefix("torch.")] += 1
-        if "_local_scalar_dense" in name or {t.device.type for t in leaves} - {"cuda"}:
+        if {t.device.type for t in leaves} - {"cuda"}:
             self.odd[f"{name} {place()}"] += 1
         return out
 
@@ -90,7 +94,23 @@ def meant(reads):
     return cpu, reading
 
 
+def probe():
+    """What a step does, in small: an error here is of PyTorch's internals."""
+    with FakeTensorMode(), torch.device("cuda"):
+        conv, x = torch.nn.Conv2d(2, 2, 1), torch.empty(1, 2, 4, 4)
+        optimizer = torch.optim.AdamW(conv.parameters(), fused=True)
+        with torch.autocast("cuda", torch.bfloat16), Watch() as watch:
+            conv(x).sum().backward()
+        torch.nn.utils.clip_grad_norm_(conv.parameters(), 1.0)
+        optimizer.step()
+        weights = [p.detach() for p in conv.parameters()]
+        torch._foreach_lerp_(weights, weights, 0.5)
+    assert set(watch.convolutions) == {"bfloat16"} and not watch.odd
+    print(json.dumps("ready"), flush=True)
+
+
 def main(preset, precision, tasks):
+    probe()
     H = get_hparams("cifar10", **SHORT) if preset == "short" else get_hparams(preset)
     H.update(device="cuda:0", precision=precision)
     mode = FakeTensorMode()

@@ -48,7 +48,7 @@ def test_rows_are_written_one_by_one_and_continued(tmp_path, capsys):
 
 
 def test_the_time_that_kernels_run_is_counted_once():
-    assert gpu.busy_seconds([(3, 5), (0, 1), (0.5, 2), (4, 4.5), (7, 8)]) == 2 + 2 + 1
+    assert gpu.busy_seconds([(3, 5), (0, 1), (0.5, 2), (4, 4.5), (4.6, 4.8), (7, 8)]) == 2 + 2 + 1
     assert gpu.busy_seconds([]) == 0
 
 

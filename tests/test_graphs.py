@@ -22,7 +22,26 @@ FUNCTIONS = train.get_cpu_stats_over_ranks, train.update_ema
 def _without_a_gpu(monkeypatch):
     monkeypatch.setattr(steps, "AS_ON_CUDA", True)
     monkeypatch.setattr(graphs, "aside", lambda function: function())
-    monkeypatch.setattr(graphs, "record", lambda function: function)
+    monkeypatch.setattr(graphs, "record", as_recorded)
+
+
+made = []  # the optimizer of the last `make`
+
+
+def as_recorded(function):
+    """In the place of graphs.record: what function does, with the settings of this moment."""
+    [group] = made[-1].param_groups
+    settings = {name: group[name] for name in ("lr", "capturable")}
+
+    def launch():
+        plain = {name: group[name] for name in settings}
+        group.update(settings)
+        try:
+            function()
+        finally:
+            group.update(plain)
+
+    return launch
 
 
 def make(**options):
@@ -33,6 +52,7 @@ def make(**options):
     if H.checkpoint_activations:
         vae.checkpoint_activations()
     optimizer, _ = make_optimizer(vae.parameters(), H, use_apex=False)
+    made[:] = [optimizer]
     return H, (OneProcess(vae), copy.deepcopy(vae).requires_grad_(False), optimizer)
 
 
@@ -43,7 +63,7 @@ def taken(one, n=4):
         x, target = inputs(one.vae.module.H, 4, step)
         if step == 2:
             x[0, 0, 0, 0] = math.nan
-        one.optimizer.param_groups[0]["lr"] = 1e-3 * (step + 1)
+        one.optimizer.param_groups[0]["lr"] = 2**-10 * (step + 1)  # a float32, as in a graph
         torch.manual_seed(step)
         stats.append(one.launch(x, target, None, step, *FUNCTIONS).read())
         del stats[-1]["iter_time"]
@@ -63,10 +83,11 @@ def taken(one, n=4):
 )
 def test_a_recorded_step_is_the_eager_one(options):
     """Bit for bit: its inputs are copied in, and what came before the recording left no trace."""
+    H, models = make(**options)
+    eager = steps.Steps(H, *models)
     H, models = make(cuda_graphs=True, **options)
     graphed = steps_of(H, models, True, FUNCTIONS)
     assert type(graphed) is GraphedSteps
-    eager = steps.Steps(*(lambda H, models: (H, *models))(*make(**options)))
     (stats, tensors), (eager_stats, eager_tensors) = taken(graphed), taken(eager)
     for one, other in zip(stats, eager_stats, strict=True):
         assert one == pytest.approx(other, rel=1e-6, nan_ok=True)
@@ -77,7 +98,7 @@ def test_a_recorded_step_is_the_eager_one(options):
         else:
             assert torch.equal(one, other)
     assert len(graphed.recorded) == 1
-    assert models[2].param_groups[0]["lr"] == 4e-3  # a float, as files have it
+    assert models[2].param_groups[0]["lr"] == 2**-8  # a float, as files have it
     assert not models[2].param_groups[0]["capturable"]
 
 
