@@ -534,7 +534,8 @@ def test_labelled_weights_on_images_without_labels(trained, tmp_path):
     """What is evaluated is said to be without labels, and so it is."""
     np.save(tmp_path / "a.npy", np.random.RandomState(0).randint(0, 255, (60, 8, 8), np.uint8))
     argv = [*SMALL, "--dataset", "images", "--data_root", tmp_path / "a.npy",
-            "--save_dir", tmp_path, "--test_eval", "--restore_ema_path", trained / "latest-model-ema.th"]  # fmt: skip
+            "--save_dir", tmp_path, "--test_eval",
+            "--restore_ema_path", trained / "latest-model-ema.th"]  # fmt: skip
     status, text = Run(argv, tmp_path / "o").wait()
     assert status == 0 and "labels: none" in text.splitlines()[-1], text
     assert "not given in the evaluation" in text
