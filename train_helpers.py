@@ -22,11 +22,12 @@ from launchers import lone_warning, resolve_device, world
 from logs import is_buffered
 from optimizers import linear_warmup, make_optimizer, move_towards, restore_optimizer
 from options import OneLineParser, add_own_options, given_options, setting
+from presets import TABLES
 from processes import describe_processes, join_processes
 from resources import try_compiler
 from resuming import read_log
 from run_folder import make_run_folder, name_save_dirs
-from starting import TABLES, fetched, same_labels, starting_paths
+from starting import fetched, same_labels, starting_paths
 from turns import each_host_first
 from utils import local_mpi_rank, logger, maybe_download, mpi_rank, mpi_size
 from vae import VAE
