@@ -38,15 +38,6 @@ torch.cuda.amp.common.amp_definitely_not_available = lambda: False
 # Else clipping takes fake tensors one by one: they are a class of their own.
 torch.nn.utils.clip_grad._has_foreach_support = lambda *_: True
 
-import steps
-import train
-from hps import get_hparams
-from train_helpers import OneProcess
-from vae import VAE
-
-# A short network of cifar10's kind, for tests that may not take long.
-SHORT = {"enc_blocks": "32x2,32d2,16d2,8d2,4d4,1x1", "dec_blocks": "1x1,4m1,8m4,16m8,32m16,32x2"}
-
 
 class Watch(TorchDispatchMode):
     """Counts operators, and notes those that no step on a GPU should meet."""
@@ -76,6 +67,33 @@ def place():
     return f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
 
 
+def probe():
+    """What a step does, in small: an error here is of PyTorch's internals."""
+    with FakeTensorMode(), torch.device("cuda"):
+        conv, x = torch.nn.Conv2d(2, 2, 1), torch.empty(1, 2, 4, 4)
+        optimizer = torch.optim.AdamW(conv.parameters(), fused=True)
+        with torch.autocast("cuda", torch.bfloat16), Watch() as watch:
+            conv(x).sum().backward()
+        torch.nn.utils.clip_grad_norm_(conv.parameters(), 1.0)
+        optimizer.step()
+        weights = [p.detach() for p in conv.parameters()]
+        torch._foreach_lerp_(weights, weights, 0.5)
+    assert set(watch.convolutions) == {"bfloat16"} and not watch.odd
+    print(json.dumps("ready"), flush=True)
+
+
+probe()
+
+import steps
+import train
+from hps import get_hparams
+from train_helpers import OneProcess
+from vae import VAE
+
+# A short network of cifar10's kind, for tests that may not take long.
+SHORT = {"enc_blocks": "32x2,32d2,16d2,8d2,4d4,1x1", "dec_blocks": "1x1,4m1,8m4,16m8,32m16,32x2"}
+
+
 class Read(Exception):
     """Ends a task at the read that is meant."""
 
@@ -94,23 +112,7 @@ def meant(reads):
     return cpu, reading
 
 
-def probe():
-    """What a step does, in small: an error here is of PyTorch's internals."""
-    with FakeTensorMode(), torch.device("cuda"):
-        conv, x = torch.nn.Conv2d(2, 2, 1), torch.empty(1, 2, 4, 4)
-        optimizer = torch.optim.AdamW(conv.parameters(), fused=True)
-        with torch.autocast("cuda", torch.bfloat16), Watch() as watch:
-            conv(x).sum().backward()
-        torch.nn.utils.clip_grad_norm_(conv.parameters(), 1.0)
-        optimizer.step()
-        weights = [p.detach() for p in conv.parameters()]
-        torch._foreach_lerp_(weights, weights, 0.5)
-    assert set(watch.convolutions) == {"bfloat16"} and not watch.odd
-    print(json.dumps("ready"), flush=True)
-
-
 def main(preset, precision, tasks):
-    probe()
     H = get_hparams("cifar10", **SHORT) if preset == "short" else get_hparams(preset)
     H.update(device="cuda:0", precision=precision)
     mode = FakeTensorMode()
