@@ -4,15 +4,17 @@ import csv
 
 import numpy as np
 import pytest
+import torch
 from fakes import noise, write_sample_folder
 from PIL import Image
 from runs import Run, sample_in
 
 from data import load_digits
 from errors import UserError
-from hps import Hyperparams
+from hps import Hyperparams, get_hparams
 from pictures import picture_of
 from scores import scores_of
+from vae import VAE
 from weights import load_model
 
 
@@ -77,10 +79,12 @@ def test_over_a_test_set_the_mean_is_that_of_an_evaluation(run, tmp_path):
     (tmp_path / "test").mkdir()
     for i in range(len(test)):
         picture_of(test[i][0].numpy()).save(tmp_path / "test" / f"{i:03}.png")
-    run("score test --n_batch 50 --iw_samples 2")
+    torch.manual_seed(0)
+    torch.save(VAE(get_hparams("digits")).state_dict(), tmp_path / "initial.th")
+    run("score test --n_batch 50 --iw_samples 2", "initial.th")
     argv = ["--hps", "digits", "--device", "cpu", "--test_eval", "--iw_samples", 2]
     argv += ["--label", "none"]
-    argv += ["--restore_ema_path", tmp_path / "ema.th", "--save_dir", tmp_path / "runs"]
+    argv += ["--restore_ema_path", tmp_path / "initial.th", "--save_dir", tmp_path / "runs"]
     status, text = Run(argv, tmp_path / "out").wait()
     assert status == 0, text
     line = next(line for line in text.splitlines() if "type: test_loss" in line)
