@@ -74,11 +74,11 @@ class Controls:
     def temperature(self, value, label, info=None):
         return self.gradio.Slider(0, 1.5, value, step=0.05, label=label, info=info)
 
-    def picture(self, label):
+    def picture(self, label, part):
         """A place for an upload."""
         return self.gradio.Image(
             label=label, type="filepath", sources=["upload", "clipboard"], height=240, buttons=[],
-            elem_classes="pixels", min_width=150,
+            elem_classes="pixels", elem_id=part, min_width=150,
         )  # fmt: skip
 
     def shared_checks(self, seed, label, mean):
