@@ -34,5 +34,13 @@ COMMANDS = [command for text in PAGES.values() for command in commands(text)]
 
 def is_use(command):
     """Whether a command needs a trained model, or its data alone: no data set, no launcher."""
-    uses = ("sample.py ", "plot.py ", "--dry_run", "--tensorboard", "--iw_samples", "--init_from")
+    uses = (
+        "sample.py ",
+        "explore.py ",
+        "plot.py ",
+        "--dry_run",
+        "--tensorboard",
+        "--iw_samples",
+        "--init_from",
+    )
     return any(use in command for use in uses)

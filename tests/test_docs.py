@@ -11,7 +11,7 @@ import pytest
 import torch
 from golden import weight
 from pages import FIRST, PAGES, README, REPO, blocks, commands, is_use, prose
-from runs import environment, run_until
+from runs import environment, free_port, run_until
 from test_plot import steps, write_log
 
 from hps import get_hparams
@@ -83,11 +83,14 @@ def test_a_page_works_in_its_order(page, folder):
 
 
 def run_use(command, folder):
-    """The finished command, with fewer samples, or None for a training, which is ended."""
+    """The finished command, with fewer samples, or None for what is ended: a training, a page."""
     words = shlex.split(re.sub(r"--(n|iw_samples) \d{3,}", r"--\1 20", command))
     words = [sys.executable, str(REPO / words[1]), *words[2:]]
     if "--tensorboard" in words or "--init_from" in words:
         run_until(words, environment(), folder, "type: train_loss")
+        return None
+    if "explore.py" in words[1]:
+        run_until([*words, "--port", str(free_port())], environment(), folder, "explore.py: http:")
         return None
     return subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
 
