@@ -17,8 +17,8 @@ ORDER = (
     "utils vae_helpers vae presets decoding image_files batches label_files packing "
     "own_images records weights starting data checkpoints run_folder resuming optimizers "
     "fonts pictures reports train_helpers outputs plot files_to_npy steps synthesis "
-    "label_choices latent_files scores exports demo ahead sample graphs totals train "
-    "watching exploring answering page_parts page_controls page gate explore"
+    "label_choices latent_files scores exports demo ahead sample graphs totals train watching "
+    "exploring answering page_parts page_controls page gate explore"
 ).split()
 
 
