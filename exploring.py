@@ -19,7 +19,7 @@ from embeddings import layers_to_keep, mean_latents, resolutions_of
 from errors import UserError
 from image_sets import channels_of
 from label_choices import known_labels
-from labels import label_names, labels_of
+from labels import labels_of
 from scores import scores_of
 from starting import refuse_unlabelled
 from synthesis import (
@@ -276,7 +276,7 @@ def write_latents(path, model, latents, names, label=None):
     H, labels = model.vae.H, model.labels(label, len(names))
     about = {"images": np.array(names), "preset": str(H.hparam_sets), "weights": model.weights}
     if labels is not None:
-        about["label"] = np.array(label_names(H, labels))
+        about["label"] = np.array([[*known_labels(H), ""][i] for i in labels.tolist()])
     np.savez(path, **arrays, **about)
 
 
