@@ -18,8 +18,7 @@ from decoding import decode, fit
 from embeddings import layers_to_keep, mean_latents, resolutions_of
 from errors import UserError
 from image_sets import channels_of
-from label_choices import known_labels
-from labels import labels_of
+from labels import known_labels, labels_of, names_of
 from scores import scores_of
 from starting import refuse_unlabelled
 from synthesis import (
@@ -276,7 +275,7 @@ def write_latents(path, model, latents, names, label=None):
     H, labels = model.vae.H, model.labels(label, len(names))
     about = {"images": np.array(names), "preset": str(H.hparam_sets), "weights": model.weights}
     if labels is not None:
-        about["label"] = np.array([[*known_labels(H), ""][i] for i in labels.tolist()])
+        about["label"] = np.array(names_of(H, labels))
     np.savez(path, **arrays, **about)
 
 
