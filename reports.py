@@ -16,6 +16,7 @@ from launchers import resolve_device, world
 from optimizers import linear_warmup
 from options import setting
 from pictures import draw_rates
+from starting import labels_told
 from vae import VAE
 
 # ---- at the start --------------------------------------------------------------------------
@@ -103,7 +104,7 @@ def summary(H, ema_vae, n_train, n_heldout, missing=False):
 def _labels_report(H, ema_vae):
     parameters = sum(t.numel() for t in ema_vae.decoder.label_xs)
     names = one_line(", ".join((H.label_names or [])[:10])) + ", ..." * (H.n_labels > 10)
-    told = "given" if setting(H, "label") == "given" else "not given"
+    told = "given" if labels_told(H) else "not given"
     use = (
         f"{told} in the evaluation"
         if H.test_eval

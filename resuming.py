@@ -63,7 +63,7 @@ class Progress:
 # What may differ between two starts of a run without a word.
 PLACES = set(
     "resume test_eval save_dir desc logdir port timeout rank local_rank patience former_options "
-    "grow image_digest label label_counts".split()
+    "grow image_digest label label_counts n_told".split()
 ) | {name for name, *_ in OPTIONS["restore"]}
 
 

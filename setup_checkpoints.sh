@@ -54,7 +54,8 @@ from optimizers import convert_optimizer_state
 from presets import get_hparams
 from resuming import read_log
 from vae import VAE
-from weights import check_weights, read_torch_file, read_weights
+from torch_files import read_torch_file
+from weights import check_weights, read_weights
 
 path, name, preset = sys.argv[1:]
 with torch.device("meta"):

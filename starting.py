@@ -176,9 +176,9 @@ def _take_record(H, state, old):
 
 
 def describe_labels(H, splits):
-    """Holds the options of labels against the data's; sets H.label_counts where there are some.
+    """Holds the options of labels against the data's; sets H.label_counts and H.n_told.
 
-    These are the numbers of training images of each label and, last, of those without; with
+    n_told is the number of labelled images that are evaluated. The counts are the numbers of training images of each label and, last, of those without; with
     H.test_eval, those of the weights' own training.
 
     Args:
@@ -206,10 +206,14 @@ def describe_labels(H, splits):
         counts = np.bincount(labels[labels >= 0], minlength=n_labels)
         H.label_counts = [*counts.tolist(), int((labels < 0).sum())]
     evaluated = splits[2 if H.test_eval else 1]
-    if (evaluated.labels[evaluated.indices] < 0).all():
-        H.label = "none"
-    if setting(H, "label") == "none":
+    H.n_told = int((evaluated.labels[evaluated.indices] >= 0).sum())
+    if not labels_told(H):
         refuse_unlabelled(H, "--label none" if "label" in given else "no image has a label")
+
+
+def labels_told(H):
+    """Whether an evaluation is told labels: they are asked for, and some image has one."""
+    return setting(H, "label") == "given" and H.n_told != 0
 
 
 def refuse_unlabelled(H, what):

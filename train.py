@@ -56,7 +56,7 @@ from reports import (
 from resources import naming_shortages
 from resuming import Progress, find_start, resume_run
 from run_folder import begin_run, begin_training, refuse_occupied
-from starting import starting_paths
+from starting import labels_told, starting_paths
 from steps import Steps, Unread
 from totals import Totals
 from train_helpers import (
@@ -126,7 +126,7 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         Stopped: if a signal asked for it.
     """
     seed, iw_samples = setting(H, "seed"), setting(H, "iw_samples")
-    told = setting(H, "label") == "given"
+    told = labels_told(H)
     mine = Subset(data_valid, range(world().rank, len(data_valid), world().size))
     loader = make_loader(H, mine, batch_size=H.n_batch)
     totals = Totals([block.zdim for block in ema_vae.decoder.dec_blocks])
@@ -213,7 +213,7 @@ def write_images(H, ema_vae, viz_batch_original, viz_batch_processed, fname, log
     logprint(f"writing pictures to {fname}")
     title = f"{H.desc or ''} {os.path.splitext(os.path.basename(fname))[0]}".strip()
     words, images = zip(*rows, strict=True)
-    picture = labelled_grid(images, words, names_of(H, labels), title)
+    picture = labelled_grid(images, words, names_of(H, labels), title=title)
     replace(fname, lambda partial: picture.save(partial, "PNG"), durable=True)
 
 

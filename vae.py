@@ -141,7 +141,9 @@ class Encoder(HModule):
     def forward(self, x):
         # Few channels cost little; in bf16 they cost more bits than any other convolution's.
         with without_autocast(x.device.type):
-            x = x.permute(0, 3, 1, 2).to(next(self.in_conv.parameters()).dtype)  # (N, 3, R, R)
+            # Grey images in the strides of NCHW: the weight's gradient has the weight's then.
+            x = x[..., 0][:, None] if x.shape[-1] == 1 else x.permute(0, 3, 1, 2)  # (N, c, R, R)
+            x = x.to(next(self.in_conv.parameters()).dtype)
             x = self.in_conv(channels_last(x))  # (N, H.width, R, R)
         activations = {}
         for segment in self.segments:

@@ -116,6 +116,7 @@ def main(s=None):
     if args.child:
         return child(args)
     rows = []
+    print(f"compiling {', '.join(args.presets)}: some minutes each", flush=True)
     for preset in args.presets:
         rows.append(measure(args, preset))
         print(

@@ -18,7 +18,7 @@ from fakes import Hostile
 from runs import ENV, ROOT, SMALL, Run
 
 from errors import UserError
-from weights import read_torch_file
+from torch_files import read_torch_file
 
 # ---- the folder that the rows refer to -----------------------------------------------------------
 

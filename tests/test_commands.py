@@ -129,6 +129,7 @@ def test_restoring(command, data_of, tmp_path):
 
 STARTED = {  # what a benchmark says once it has understood its options
     "bench.py": "own in ",
+    "compiled.py": "compiling ",
     "gpu.py": "rows to measure on ",
     "growth.py": "what grows",
     "loading.py": '"measure": "memory"',

@@ -73,7 +73,6 @@ KINDS = {
     "empty": (b"", "empty", "name a model.th"),
     "npz": (npz(), "an .npz file", "name a model.th"),
     "zip": (zip_of(a__txt="x", b__txt="y"), "a zip archive of a.txt, b.txt", "name a model.th"),
-    "safetensors": ((9).to_bytes(8, "little") + b'{"a":{}}  ', "a safetensors file", "name a"),
     "hdf": (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file", "name a"),
 }
 
@@ -100,6 +99,19 @@ def test_a_file_of_another_kind_says_what_it_is(tmp_path, name):
 def test_bytes_that_tell_nothing():
     assert kind_of(bytes(range(128, 256))) is None
     assert kind_of(b"\x80\x02}q\x00.") is None  # a pickle
+
+
+def test_a_broken_safetensors_file(tmp_path):
+    """Weights may be such files; an optimizer's state may not."""
+    path = written(tmp_path / "m.th", (9).to_bytes(8, "little") + b'{"a":{}}  ')
+    assert what_file(path)[0] == "a safetensors file"
+    with pytest.raises(UserError, match="no complete safetensors file .*fetch it anew"):
+        read_weights(path)
+    with pytest.raises(UserError, match="it is a safetensors file"):
+        restore_optimizer(torch.optim.AdamW(tiny().parameters()), str(path))
+
+
+def test_letters_that_are_cut():
     assert kind_of("ä".encode() * 600)[:4] == "text"  # cut within a letter
     assert kind_of("ä".encode()[:1] * 3) is None
 
