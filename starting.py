@@ -178,8 +178,9 @@ def _take_record(H, state, old):
 def describe_labels(H, splits):
     """Holds the options of labels against the data's; sets H.label_counts and H.n_told.
 
-    n_told is the number of labelled images that are evaluated. The counts are the numbers of training images of each label and, last, of those without; with
-    H.test_eval, those of the weights' own training.
+    n_told is the number of labelled images that are evaluated. The counts are the numbers of
+    training images of each label and, last, of those without; with H.test_eval, those of the
+    weights' own training.
 
     Args:
         splits: the training, validation and test set, batches.Images; those without labels get -1
