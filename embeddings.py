@@ -8,12 +8,14 @@ Shapes: N images, Z latent channels, R a layer's resolution, D = the sum of Z R 
 
 import functools
 import math
-import operator
+import numbers
 
+import numpy as np
 import torch
 
 from errors import UserError
 from fused import gelu, sharing_gelu
+from image_sets import channels_of
 from noise import without_noise
 
 # ---- which layers --------------------------------------------------------------------------
@@ -52,14 +54,15 @@ def layers_to_keep(vae, layers=None, resolution=None, sign=""):
             f"{sign}layers {layers} and {sign}resolution {resolution} both tell where to stop: "
             f"leave one of them out"
         )
-    if layers is not None and not 1 <= operator.index(layers) <= len(bases):
+    whole = isinstance(layers, numbers.Integral)
+    if layers is not None and not (whole and 1 <= layers <= len(bases)):
         raise UserError(f"{sign}layers {layers}: this model has {len(bases)} layers")
     if resolution is not None and resolution not in bases:
         found = ", ".join(map(str, sorted({*bases})))
         raise UserError(f"{sign}resolution {resolution}: this model has latents at {found}")
     if resolution is not None:
         return max(i + 1 for i, base in enumerate(bases) if base <= resolution)
-    return len(bases) if layers is None else operator.index(layers)
+    return len(bases) if layers is None else int(layers)
 
 
 # ---- images → means ------------------------------------------------------------------------
@@ -138,10 +141,10 @@ def embed(vae, x, layers=None, resolution=None, labels=None):
             f"embed got {kind}: it takes the input that preprocess makes of uint8 images, "
             f"x, _ = preprocess(images, model.H)"
         )
-    if x.ndim != 4 or x.shape[1:3] != (size, size):
+    if x.ndim != 4 or x.shape[1:] != (size, size, channels_of(vae.H)):
         raise UserError(
-            f"embed got {tuple(x.shape)}: the model takes (N, {size}, {size}, channels), as "
-            f"preprocess makes it"
+            f"embed got {tuple(x.shape)}: the model takes (N, {size}, {size}, "
+            f"{channels_of(vae.H)}), as preprocess makes it"
         )
     k = layers_to_keep(vae, layers, resolution)
     stats = mean_latents(vae, x, k, labels=labels)
@@ -160,6 +163,8 @@ def unflatten(vae, rows):
         UserError: for another type, or a D of no number of layers.
     """
     shapes, widths = shapes_of_layers(vae), widths_of(vae)
+    if isinstance(rows, np.ndarray) and rows.dtype.kind == "f":  # of any byte order and strides
+        rows = np.ascontiguousarray(rows, np.float32)
     rows = torch.as_tensor(rows)
     if rows.ndim != 2 or not rows.is_floating_point():
         raise UserError(

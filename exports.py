@@ -49,16 +49,22 @@ def _figures_in(event, split, step):
 def figures_of(path, weights):
     """{validation, test: the figures of the last evaluation of weights in the file, or None}.
 
-    That on the validation set is the last in their run's log up to their step. That on the test set
-    is the last that names them, by weights.weights_hash, in the log beside them.
+    That on the validation set is the last in their run's log up to their step, of an EMA alone,
+    for it is what is evaluated. That on the test set is the last that names them, by
+    weights.weights_hash, in the log beside them.
     """
     path, step = Path(path), None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         step = json.loads(state_beside(path)[0].read_bytes())["step"]
     own = path.with_name(path.name.rpartition("model")[0] + "log.jsonl")
     figures = {"validation": None, "test": None}
-    for event in _events(own if own.exists() else path.with_name("log.jsonl")):
-        if event.get("type") == "eval_loss" and (step is None or event.get("step", 0) <= step):
+    is_average = path.name.endswith(("model-ema.th", "model-ema.safetensors"))
+    whole = own if own.exists() or step is None else path.with_name("log.jsonl")
+    for event in _events(whole) if is_average else ():
+        at = event.get("step", 0)
+        if event.get("type") != "eval_loss" or not isinstance(at, int):
+            continue
+        if step is None or at <= step:
             figures["validation"] = _figures_in(event, "validation", step)
     for event in _events(path.with_name("log.jsonl")):
         if event.get("type") == "test_loss" and event.get("weights") == weights:

@@ -52,6 +52,9 @@ class Gate:
                    scope["headers"]}  # fmt: skip
         if self.hosts is not None and _name_of(headers.get("host", "")) not in self.hosts:
             return await _refuse(send, 403, "this page has another address")
+        origin = headers.get("origin", "null")
+        if origin != "null" and origin.partition("://")[2] != headers.get("host"):
+            return await _refuse(send, 403, "only the page itself may ask")
         method, path = scope["method"], scope["path"]
         if method in ("GET", "HEAD"):
             known = GET.fullmatch(path)

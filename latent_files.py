@@ -81,7 +81,12 @@ def write_embeddings(args, model, k, background, of=None):
     print(one_line(f"{args.out}: {n:,} images of {width:,} numbers, {n * row / 2**20:,.1f} MiB"))
     with writing(args, NpzFile.remedy):
         sink = NpzFile(args, weights_hash(model), (width,), dtype=np.float32, name="embeddings")
-        check_room(args, (2 * n - min(sink.done, n)) * row)
+        try:
+            check_room(args, (2 * n - min(sink.done, n)) * row)
+        except UserError:
+            if not sink.done:  # nothing is lost, and other layers may be asked for
+                sink.remove()
+            raise
         reasons = {}
         with tqdm(total=n, initial=min(sink.done, n), unit=" images", disable=None) as bar:
             for first in range(sink.done, n, args.n_batch):

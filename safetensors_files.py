@@ -98,11 +98,12 @@ def hparams_in(content):
     found = dict(content["hparams"])
     found |= {key: content.get(key) for key in ("image_size", "image_channels", "label_names")}
     found |= {"hparam_sets": content.get("preset"), "background": content.get("background")}
-    mean, std = content.get("mean"), content.get("std")
-    if (mean, std) != (None, None):
-        if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
-            raise ValueError(f"mean {mean}, std {std}")
-        found |= {"image_mean": mean, "image_std": std}
+    for facts in (content.get("images") or {}, content):  # images: that of own images
+        mean, std = facts.get("mean"), facts.get("std")
+        if (mean, std) != (None, None):
+            if not (math.isfinite(mean) and math.isfinite(std) and std > 0):
+                raise ValueError(f"mean {mean}, std {std}")
+            found |= {"image_mean": mean, "image_std": std}
     return {key: value for key, value in found.items() if value is not None}
 
 

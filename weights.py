@@ -7,6 +7,7 @@ import torch
 
 from errors import UserError
 from image_sets import IMAGE_SETS
+from labels import labels_of
 from launchers import resolve_device
 from options import OPTIONS, Hyperparams
 from presets import get_hparams, preset_of, shapes_of
@@ -119,6 +120,15 @@ def recorded_hparams(path):
         if H.dataset not in (None, *IMAGE_SETS):
             raise ValueError(f"unknown dataset {H.dataset!r}")
         H.hparam_sets = H.hparam_sets or "own network"  # of a program, not of train.py
+        names = H.label_names
+        if names and not (
+            isinstance(names, list)
+            and len(names) == labels_of(H)
+            and all(isinstance(name, str) for name in names)
+        ):
+            raise ValueError(f"label_names are no {labels_of(H)} names")
+        if not isinstance(H.hparam_sets, str):
+            raise ValueError(f"preset {H.hparam_sets!r}")
         with torch.device("meta"):
             VAE(H)
     except Exception as error:  # as of a damaged file

@@ -111,6 +111,13 @@ def test_unflatten_is_the_way_back(model, x):
             model.unflatten(rows)
 
 
+def test_rows_of_any_order_in_memory(model, x):
+    e = model.embed(x).numpy()
+    for rows in (e.astype(">f8"), e[::-1][::-1], np.asfortranarray(e), e.astype(np.longdouble)):
+        for z, own in zip(model.unflatten(rows), model.unflatten(e), strict=True):
+            assert torch.equal(z, own)
+
+
 def test_what_is_no_input_is_refused(model, x):
     for images in (noise(2, 32), torch.from_numpy(noise(2, 32))):
         with pytest.raises(UserError, match=r"uint8.*preprocess\(images, model.H\)"):

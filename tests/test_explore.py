@@ -375,6 +375,9 @@ def test_only_this_machine_is_answered(page):
     assert page.get("/", host="localhost:7")[0] == 200
     for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
         assert page.get("/config", host=host)[0] == 403
+    # Nor may another page in the same browser ask, which needs no name.
+    for origin, status in (("http://evil.example", 403), (f"http://127.0.0.1:{page.port}", 200)):
+        assert page.get("/config", Origin=origin)[0] == status
     listening = subprocess.run(["cat", "/proc/net/tcp"], capture_output=True, text=True).stdout
     assert f"0100007F:{page.port:04X}" in listening and f"00000000:{page.port:04X}" not in listening
 

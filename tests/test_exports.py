@@ -97,7 +97,7 @@ def test_what_it_tells(run, trained):
         assert figures["iw_bits_per_dim"] is None and figures["labels"] == event.get("labels")
     # Other weights of the run were not those that the test set saw.
     run("export --out other.safetensors", str(trained / "latest-model.th"))
-    assert metadata_of("other.safetensors")["figures"]["test"] is None
+    assert metadata_of("other.safetensors")["figures"] == {"validation": None, "test": None}
     model = load_model("model.safetensors", device="cpu")
     tensors = load_file("model.safetensors")
     assert tensors.keys() == model.state_dict().keys()
@@ -141,6 +141,10 @@ def test_what_does_not_fit_is_refused_in_one_line(run, trained, tmp_path):
         (lambda c: c | {"hparams": None}, "metadata that tell no network"),
         (lambda c: c | {"mean": "x", "std": 1}, "metadata that tell no network"),
         (lambda c: c | {"std": 0}, "metadata that tell no network"),
+        (lambda c: c | {"label_names": ["a", "b"]}, "metadata that tell no network"),
+        (lambda c: c | {"label_names": "0123456789"}, "metadata that tell no network"),
+        (lambda c: c | {"preset": 3}, "metadata that tell no network"),
+        (lambda c: c | {"images": {"mean": "x", "std": 1}}, "metadata that tell no network"),
     ):
         new = rewritten(path, tmp_path / "changed.safetensors", change)
         with pytest.raises(UserError, match=words) as error:

@@ -93,6 +93,15 @@ def test_over_a_test_set_the_mean_is_that_of_an_evaluation(run, tmp_path):
         assert column(table(), name).mean() == pytest.approx(float(said[name]), rel=1e-4), line
 
 
+def test_scores_under_labels(run):
+    run("score a.png b.jpg a.png --from_label 3,8 --out l.csv")
+    rows = table("l.csv")
+    assert [row["label"] for row in rows] == ["3", "8", "3"]
+    run("score a.png b.jpg --out n.csv")
+    assert "label" not in table("n.csv")[0]
+    assert abs(column(rows, "rate")[0] - column(table("n.csv"), "rate")[0]) > 1e-4
+
+
 def test_figures_of_arrays(folder):
     model = load_model(folder / "ema.th", device="cpu")
     images = noise(5, 8)
