@@ -99,7 +99,7 @@ def test_scores_under_labels(run):
     assert [row["label"] for row in rows] == ["3", "8", "3"]
     run("score a.png b.jpg --out n.csv")
     assert "label" not in table("n.csv")[0]
-    assert abs(column(rows, "rate")[0] - column(table("n.csv"), "rate")[0]) > 1e-4
+    assert abs(column(rows, "rate")[0] - column(table("n.csv"), "rate")[0]) > 1e-6
 
 
 def test_figures_of_arrays(folder):
