@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from bench import seconds
 
 from compiling import compile_network
-from endings import run_command
+from endings import die_with_parent, run_command
 from launchers import resolve_device
 from options import OneLineParser
 from presets import get_hparams
@@ -33,6 +33,7 @@ from vae import VAE
 
 def child(args):
     """Prints a JSON object of seconds: the first compiled passes, and steps in turns with eager."""
+    die_with_parent()
     [preset] = args.presets
     H = get_hparams(preset, device=args.device)
     if args.batch:

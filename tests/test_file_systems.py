@@ -415,7 +415,7 @@ def test_an_npz_that_can_not_be_locked_is_named(tmp_path, monkeypatch):
     )
     monkeypatch.setattr(outputs.fcntl, "flock", refusing(outputs.fcntl.flock, errno.ENOSYS))
     with pytest.raises(UserError, match=r"a.npz.part can't be locked .*name an --out"):
-        outputs.NpzFile(args, (4, 4, 3), None)
+        outputs.NpzFile(args, "hash", (4, 4, 3))
     assert [p.name for p in tmp_path.iterdir()] == ["w.th"]
 
 
