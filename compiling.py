@@ -14,7 +14,7 @@ import weakref
 import torch
 
 from fused import channels_last, compute_dtype, is_traced
-from noise import fill_noise, given_noise, noise_shapes
+from noise import NoNoise, fill_noise, given_noise, noise_shapes
 
 # Blocks up to which a network is compiled whole: some 5 s of one core a block, of which block by
 # block only the first of each shape costs any, and then the starts of all operators are gone.
@@ -46,8 +46,8 @@ def compile_network(vae):
     """From now on runs the passes of one shape by torch.compile.
 
     A network whose weights want gradients compiles passes that keep them, any other passes without.
+    keep_compiled comes before the first use of torch.compile in the process.
     """
-    keep_compiled()
     n_blocks = len(vae.encoder.enc_blocks) + len(vae.decoder.dec_blocks)
     checkpointing = vae.encoder.checkpointing or vae.decoder.checkpointing
     whole = n_blocks <= WHOLE and not checkpointing
@@ -110,8 +110,12 @@ class _Compiled:
             return False
         tensors = [t for t in (x, *rest) if torch.is_tensor(t)]
         others = [t for t in rest if not torch.is_tensor(t)]
-        key = grad, compute_dtype(x), others, [(t.shape, t.dtype, t.device) for t in tensors]
-        if self.key is None and self.whole:
+        key = (
+            (grad, torch.is_inference_mode_enabled(), compute_dtype(x)),
+            others,
+            [(t.shape, t.dtype, t.device) for t in tensors],
+        )
+        if self.key is None:
             self.key = key if _draws_by_layer(function, vae, x, rest) else "its own sampler"
         self.key = self.key or key
         return self.key == key
@@ -127,5 +131,8 @@ def _draws_by_layer(function, vae, x, rest):
     with torch.random.fork_rng(devices):
         like = next(vae.parameters())
         noise = [like.new_zeros(shape) for shape in noise_shapes(vae, len(x))]
-        _with_noise(function, vae, noise, x, *rest)
+        try:
+            _with_noise(function, vae, noise, x, *rest)
+        except NoNoise:
+            return False
     return not noise

@@ -38,7 +38,8 @@ def aside(function):
 def record(function):
     """Records what function launches, which is not computed: a function that launches it."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # The thread that pins the loader's batches goes on meanwhile.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()
     return graph.replay
 

@@ -212,6 +212,10 @@ def from_this_place(function):
     return at_that_place
 
 
+class NoNoise(ValueError):
+    """A pass draws otherwise than the noise that it was given."""
+
+
 _given = None  # no context variable: compilers read none
 
 
@@ -239,6 +243,8 @@ def fill_noise(shape, like, fill):
         ValueError: within drawn_before, where another shape was drawn.
     """
     if _given is not None:
+        if not _given or _given[0].shape != torch.Size(shape):
+            raise NoNoise(f"no noise of shape {tuple(shape)} was given to this pass")
         return _given.pop(0)
     own = _here.of_images
     if own is None:

@@ -29,7 +29,7 @@ AS_ON_CUDA = False
 
 def is_ours(function):
     """Whether a function that programs may replace is the one whose work is done here instead."""
-    return getattr(function, "in_steps", False)
+    return getattr(function, "in_steps", None) is function  # a wrapper has a copy of the mark
 
 
 class Steps:
@@ -78,8 +78,8 @@ class Steps:
         return type(self.optimizer) is torch.optim.AdamW and all(g.get("fused") for g in groups)
 
     def _casting(self):
-        """The context of a step whose weights are cast to bf16 once."""
-        if setting(self.H, "precision") != "bf16":
+        """The context of a step whose weights are cast to bf16 once, as a compiler does itself."""
+        if setting(self.H, "precision") != "bf16" or setting(self.H, "compile"):
             return contextlib.nullcontext()
         if self.copies is None:
             self.copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in self.parameters]

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoints import write_checkpoint
-from compiling import compile_network
+from compiling import compile_network, keep_compiled
 from data import mkdir_p  # noqa: F401  programs import it from here
 from endings import die_with_parent, start_watch
 from fused import allow_tf32
@@ -181,6 +181,7 @@ def load_vaes(H, logprint):
     if setting(H, "checkpoint_activations"):
         vae.checkpoint_activations()
     if setting(H, "compile"):
+        keep_compiled()
         try_compiler(device)
         for model in (vae, ema_vae):
             compile_network(model)
@@ -235,7 +236,7 @@ def update_ema(vae, ema_vae, ema_rate):
     move_towards(list(ema_vae.parameters()), list(vae.parameters()), 1 - ema_rate)
 
 
-update_ema.in_steps = True  # which moves the EMA by lists of tensors that it has made once
+update_ema.in_steps = update_ema  # which moves the EMA by lists of tensors that it has made once
 
 
 # ---- optimizer, saves ----------------------------------------------------------------------

@@ -54,7 +54,9 @@ def get_cpu_stats_over_ranks(stat_dict):
     return dict(zip(stat_dict, allreduce(torch.stack(values), average=True).tolist(), strict=True))
 
 
-get_cpu_stats_over_ranks.in_steps = True  # which does the same, and reads the floats later
+get_cpu_stats_over_ranks.in_steps = (
+    get_cpu_stats_over_ranks  # which does the same, and reads the floats later
+)
 
 
 # ---- logs, pictures ------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import vae as vae_module
 from bounds import distortion_and_rates
 from compiling import compile_network
 from hps import get_hparams
-from noise import image_generators, noise_of_images
+from noise import fill_noise, image_generators, noise_of_images
 from vae import VAE
 
 
@@ -127,10 +127,18 @@ def test_a_checkpointed_network_is_compiled_in_blocks(graphs):
     assert graphs() > 1
 
 
-def test_an_own_sampler_stays_as_it_is(graphs, monkeypatch):
-    monkeypatch.setattr(
-        vae_module, "draw_gaussian_diag_samples", lambda m, v: m + v.exp() * torch.rand_like(m)
-    )
+@pytest.mark.parametrize("draws", [1, 2])
+@pytest.mark.parametrize("blocks", [compiling.WHOLE, 0])
+def test_an_own_sampler_stays_as_it_is(blocks, draws, graphs, monkeypatch):
+    """Compiled whole or in blocks; one that draws by its own means, or as we do, but twice."""
+    monkeypatch.setattr(compiling, "WHOLE", blocks)
+
+    def twice(m, v):
+        noise = [fill_noise(m.shape, m, torch.Tensor.normal_) for _ in range(2)]
+        return m + v.exp() * sum(noise)
+
+    own = [lambda m, v: m + v.exp() * torch.rand_like(m), twice][draws - 1]
+    monkeypatch.setattr(vae_module, "draw_gaussian_diag_samples", own)
     H, vae = network()
     batch = inputs(H, 3, seed=7)
     wanted = step(vae, batch)

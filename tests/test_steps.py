@@ -1,6 +1,7 @@
 """A step in two halves: what a GPU does late, on the CPU by a switch."""
 
 import copy
+import functools
 import itertools
 import math
 import os
@@ -80,7 +81,9 @@ def test_with_a_programs_own_part_the_host_decides(replaced, monkeypatch):
         monkeypatch.setitem(globals(), "make_optimizer", lambda p, H, use_apex: (own(p, 1e-3), ""))
     else:
         original = getattr(train, replaced)
-        monkeypatch.setattr(train, replaced, lambda *a: calls.append(a) or original(*a))
+        # A wrapper has what functools.wraps copies of our own function.
+        wrapped = functools.wraps(original)(lambda *a: calls.append(a) or original(*a))
+        monkeypatch.setattr(train, replaced, wrapped)
     stepped(3, True, monkeypatch, nan_at=1)
     assert len(calls) == (2 if replaced == "update_ema" else 3)
     if replaced == "update_ema":
