@@ -2,7 +2,8 @@ import signal
 
 import pytest
 import torch
-from runs import Run
+from fakes import write_sample_folder
+from runs import Run, sample_in
 
 import fused
 
@@ -42,3 +43,15 @@ def finished(tmp_path_factory):
         return folders[tuple(options)]
 
     return finished
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """ema.th, the weights of the preset digits; a.png and b.jpg, pictures of another size."""
+    return write_sample_folder(tmp_path_factory.mktemp("sample"))
+
+
+@pytest.fixture
+def run(folder, tmp_path, monkeypatch):
+    """run("samples --n 4"): sample.py in this process, in a folder of its own."""
+    return sample_in(folder, tmp_path, monkeypatch)

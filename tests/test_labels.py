@@ -1,9 +1,7 @@
 """Labels in the network: tables, passes with and without, training, evaluation, resuming."""
 
 import functools
-import itertools
 import json
-import os
 import shutil
 import signal
 from pathlib import Path
@@ -255,25 +253,6 @@ def test_evaluations_drop_nothing():
 # ---- runs --------------------------------------------------------------------------------------
 
 
-class KillAfter:
-    """Kills the process in its n-th step, as a lost power would."""
-
-    def __init__(self, n):
-        self.n = n
-
-    def __call__(self):
-        import train
-
-        step, calls = train.training_step, itertools.count(1)
-
-        def wrapped(*args):
-            if next(calls) == self.n:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(*args)
-
-        train.training_step = wrapped
-
-
 def test_a_resumed_run_is_the_unbroken_one(tmp_path):
     short = [*SMALL, "--label_dropout", "0.3", "--num_epochs", "2"]
 
@@ -282,7 +261,7 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path):
 
     assert train("--save_dir", tmp_path / "whole")[0] == 0
     parts = "--save_dir", tmp_path / "parts", "--iters_per_save", "17"
-    assert train(*parts, wrap=KillAfter(20))[0] != 0
+    assert train(*parts, wrap=Signal(signal.SIGKILL, "step", 20))[0] != 0
     assert check_latest(tmp_path / "parts" / "test") == 17
     status, text = train(*parts, "--resume", "--num_workers", "1")
     assert status == 0, text

@@ -7,9 +7,9 @@ import subprocess
 
 import numpy as np
 import pytest
-from fakes import arr_0, noise, open_all, own_H, write_sample_folder
+from fakes import arr_0, noise, open_all, own_H
 from PIL import Image
-from runs import ENV, ROOT, SMALL, command, events, sample_in
+from runs import ENV, ROOT, SMALL, command, events
 
 from errors import UserError, one_line
 from files_to_npy import files_to_npy
@@ -24,18 +24,6 @@ ODD = os.fsdecode(b"r\xff\xfe")  # bytes of no UTF-8
 def cache(tmp_path, monkeypatch):
     """No test writes to the cache of who runs it."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """ema.th, the weights of the preset digits; a.png and b.jpg, pictures of another size."""
-    return write_sample_folder(tmp_path_factory.mktemp("sample"))
-
-
-@pytest.fixture
-def run(folder, tmp_path, monkeypatch):
-    """run("samples --n 4"): sample.py in this process, in a folder of its own."""
-    return sample_in(folder, tmp_path, monkeypatch)
 
 
 def photos(root, names):

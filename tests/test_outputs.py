@@ -10,26 +10,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from fakes import arr_0, nearly_equal, write_sample_folder
+from fakes import arr_0, nearly_equal
 from PIL import Image
-from runs import ROOT, environment, sample_in
+from runs import ROOT, environment
 
 import sample
 from errors import UserError
 from hps import get_hparams
 from vae import VAE
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """ema.th, the weights of the preset digits; a.png and b.jpg, pictures of another size."""
-    return write_sample_folder(tmp_path_factory.mktemp("sample"))
-
-
-@pytest.fixture
-def run(folder, tmp_path, monkeypatch):
-    """run("samples --n 4"): sample.py in this process, in a folder of its own."""
-    return sample_in(folder, tmp_path, monkeypatch)
 
 
 def test_folder_of_pngs(run, tmp_path):

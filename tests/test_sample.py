@@ -5,25 +5,12 @@ import json
 import numpy as np
 import pytest
 import torch
-from fakes import arr_0, nearly_equal, write_digits_run, write_sample_folder
-from runs import sample_in
+from fakes import arr_0, nearly_equal, write_digits_run
 
 from errors import UserError
 from hps import get_hparams
 from vae import VAE
 from weights import load_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """ema.th, the weights of the preset digits; a.png and b.jpg, pictures of another size."""
-    return write_sample_folder(tmp_path_factory.mktemp("sample"))
-
-
-@pytest.fixture
-def run(folder, tmp_path, monkeypatch):
-    """run("samples --n 4"): sample.py in this process, in a folder of its own."""
-    return sample_in(folder, tmp_path, monkeypatch)
 
 
 def test_samples_belong_to_their_index(run):

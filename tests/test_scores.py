@@ -5,9 +5,9 @@ import csv
 import numpy as np
 import pytest
 import torch
-from fakes import noise, write_sample_folder
+from fakes import noise
 from PIL import Image
-from runs import Run, sample_in
+from runs import Run
 
 from data import load_digits
 from errors import UserError
@@ -16,17 +16,6 @@ from pictures import picture_of
 from scores import scores_of
 from vae import VAE
 from weights import load_model
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """ema.th, the weights of the preset digits; a.png and b.jpg, pictures of another size."""
-    return write_sample_folder(tmp_path_factory.mktemp("sample"))
-
-
-@pytest.fixture
-def run(folder, tmp_path, monkeypatch):
-    return sample_in(folder, tmp_path, monkeypatch)
 
 
 def table(path="scores.csv"):

@@ -1,14 +1,13 @@
 """Mirrored training images: which are is a function of seed, epoch and image."""
 
 import itertools
-import os
 import signal
 
 import numpy as np
 import pytest
 import torch
 from fakes import noise, run_H
-from runs import SMALL, Run, check_latest, figures, hashes
+from runs import SMALL, Run, Signal, check_latest, figures, hashes
 from torch.utils.data import TensorDataset
 
 from batches import EpochBatches, Images, Varied, training_batches
@@ -93,27 +92,8 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path):
 
     assert train("--save_dir", tmp_path / "whole")[0] == 0
     parts = "--save_dir", tmp_path / "parts", "--iters_per_save", "17"
-    assert train(*parts, wrap=KillAfter(20))[0] != 0
+    assert train(*parts, wrap=Signal(signal.SIGKILL, "step", 20))[0] != 0
     assert check_latest(tmp_path / "parts" / "test") == 17
     assert train(*parts, "--resume", "--num_workers", "1")[0] == 0
     assert hashes(tmp_path / "parts" / "test") == hashes(tmp_path / "whole" / "test")
     assert figures(tmp_path / "parts" / "test") == figures(tmp_path / "whole" / "test")
-
-
-class KillAfter:
-    """Kills the process in its n-th step, as a lost power would."""
-
-    def __init__(self, n):
-        self.n = n
-
-    def __call__(self):
-        import train
-
-        step, calls = train.training_step, itertools.count(1)
-
-        def wrapped(*args):
-            if next(calls) == self.n:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return step(*args)
-
-        train.training_step = wrapped
