@@ -272,7 +272,8 @@ def of_channels(images, channels):
     if channels == 3:
         repeated = torch.as_tensor(images).expand(*images.shape[:3], 3).contiguous()
         return repeated if torch.is_tensor(images) else repeated.numpy()
-    of_tensor, images = torch.is_tensor(images), torch.as_tensor(images).int()
+    of_tensor = torch.is_tensor(images)
+    images = (images if of_tensor else torch.tensor(images)).int()
     red, green, blue = images.unbind(-1)
     grey = (red * 19595 + green * 38470 + blue * 7471 + 0x8000) >> 16
     grey = grey[..., None].to(torch.uint8)
