@@ -10,6 +10,7 @@ from pathlib import Path
 
 from checkpoints import complete_checkpoints, read_whole, stems_of_checkpoints
 from errors import UserError
+from file_kinds import not_regular
 from options import DEFAULTS, OPTIONS, PUBLISHED, setting
 from own_images import epoch_begins_anew
 from processes import from_rank_0
@@ -214,6 +215,8 @@ def read_log(path):
         UserError: for a file that is missing, or holds no `train_loss` line.
     """
     events = []
+    if special := not_regular(path):  # which could wait for ever
+        raise UserError(f"{path} is {special}: name a PREFIX-log.jsonl")
     try:
         with open(path, "rb") as file:
             for line in file:

@@ -1,6 +1,7 @@
 """Names that are no text, shells that are no bash, Pythons that are too old, folders for files."""
 
 import os
+import pwd
 import shutil
 import stat
 import subprocess
@@ -9,13 +10,14 @@ import numpy as np
 import pytest
 from fakes import arr_0, noise, open_all, own_H
 from PIL import Image
-from runs import ENV, ROOT, SMALL, command, events
+from runs import ENV, ROOT, SMALL, Run, command, events
 
 from errors import UserError, one_line
 from files_to_npy import files_to_npy
 from logs import log_event
 from own_images import keep_image_record
 from reports import with_tensorboard
+from resuming import read_log
 
 ODD = os.fsdecode(b"r\xff\xfe")  # bytes of no UTF-8
 
@@ -227,3 +229,32 @@ def test_the_makefile_names_the_python_it_needs_first(tmp_path):
     (tmp_path / "saved_models").mkdir()
     assert make(tmp_path, "clean")[0] == 0
     assert (tmp_path / "saved_models").exists() and not (tmp_path / ".venv").exists()
+
+
+def test_a_log_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "latest-log.jsonl")
+    with pytest.raises(UserError, match="latest-log.jsonl is a FIFO: name a PREFIX-log.jsonl"):
+        read_log(tmp_path / "latest-log.jsonl")
+
+
+def nobody():
+    """In the process: a user without a home folder whom the system does not know."""
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    pwd.getpwuid = unknown
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        os.environ.pop(name, None)
+
+
+def test_a_user_without_a_home_trains_on_own_images(tmp_path):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    for i, image in enumerate(noise(40, 8)):
+        Image.fromarray(image).save(photos / f"{i}.png")
+    argv = [*SMALL, "--dataset", "images", "--image_size", "8", "--data_root", photos,
+            "--n_batch", "10", "--num_epochs", "1", "--save_dir", tmp_path]  # fmt: skip
+    status, text = Run(argv, tmp_path / "out", nobody).wait()
+    assert status == 0, text
+    assert (photos / ".vdvae" / "8.npy").exists()
