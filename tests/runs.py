@@ -293,3 +293,22 @@ def assert_same(folder, whole):
     assert figures(folder) == figures(whole)
     for n in (10, 20, 30):
         assert hashes(folder, f"iter-{n}") == hashes(whole, f"iter-{n}")
+
+
+def check_resumes(options, folder):
+    """That a run of two epochs with these options, killed in its middle, goes on to the same bits.
+
+    The folder of the run in one go is folder/whole/test.
+    """
+
+    def train(*argv, wrap=None):
+        return Run([*SMALL, *options, "--num_epochs", "2", *argv], folder / "out", wrap).wait()
+
+    assert train("--save_dir", folder / "whole")[0] == 0
+    parts = "--save_dir", folder / "parts", "--iters_per_save", "17"
+    assert train(*parts, wrap=Signal(signal.SIGKILL, "step", 20))[0] != 0
+    assert check_latest(folder / "parts" / "test") == 17
+    status, text = train(*parts, "--resume", "--num_workers", "1")
+    assert status == 0, text
+    assert hashes(folder / "parts" / "test") == hashes(folder / "whole" / "test")
+    assert figures(folder / "parts" / "test") == figures(folder / "whole" / "test")

@@ -12,7 +12,7 @@ import torch
 from fakes import assert_refused, noise, run_H, write_cifar10
 from golden import generators
 from reference import PlainVAE
-from runs import SMALL, Run, Signal, check_latest, events, figures, hashes, start
+from runs import SMALL, Run, Signal, check_latest, check_resumes, events, hashes, start
 
 from batches import EpochBatches, Images, Varied, training_batches
 from data import cifar10, set_up_data
@@ -254,19 +254,7 @@ def test_evaluations_drop_nothing():
 
 
 def test_a_resumed_run_is_the_unbroken_one(tmp_path):
-    short = [*SMALL, "--label_dropout", "0.3", "--num_epochs", "2"]
-
-    def train(*argv, **options):
-        return Run([*short, *argv], tmp_path / "out", **options).wait()
-
-    assert train("--save_dir", tmp_path / "whole")[0] == 0
-    parts = "--save_dir", tmp_path / "parts", "--iters_per_save", "17"
-    assert train(*parts, wrap=Signal(signal.SIGKILL, "step", 20))[0] != 0
-    assert check_latest(tmp_path / "parts" / "test") == 17
-    status, text = train(*parts, "--resume", "--num_workers", "1")
-    assert status == 0, text
-    assert hashes(tmp_path / "parts" / "test") == hashes(tmp_path / "whole" / "test")
-    assert figures(tmp_path / "parts" / "test") == figures(tmp_path / "whole" / "test")
+    check_resumes(["--label_dropout", "0.3"], tmp_path)
     other = Run([*SMALL, "--save_dir", tmp_path / "other", "--num_epochs", "2",
                  "--label_dropout", "0"], tmp_path / "out")  # fmt: skip
     assert other.wait()[0] == 0

@@ -1,13 +1,12 @@
 """Mirrored training images: which are is a function of seed, epoch and image."""
 
 import itertools
-import signal
 
 import numpy as np
 import pytest
 import torch
 from fakes import noise, run_H
-from runs import SMALL, Run, Signal, check_latest, figures, hashes
+from runs import check_resumes
 from torch.utils.data import TensorDataset
 
 from batches import EpochBatches, Images, Varied, training_batches
@@ -85,15 +84,4 @@ def test_a_program_s_own_data_set():
 
 
 def test_a_resumed_run_is_the_unbroken_one(tmp_path):
-    short = [*SMALL, "--xflip", "--num_epochs", "2"]
-
-    def train(*argv, **options):
-        return Run([*short, *argv], tmp_path / "out", **options).wait()
-
-    assert train("--save_dir", tmp_path / "whole")[0] == 0
-    parts = "--save_dir", tmp_path / "parts", "--iters_per_save", "17"
-    assert train(*parts, wrap=Signal(signal.SIGKILL, "step", 20))[0] != 0
-    assert check_latest(tmp_path / "parts" / "test") == 17
-    assert train(*parts, "--resume", "--num_workers", "1")[0] == 0
-    assert hashes(tmp_path / "parts" / "test") == hashes(tmp_path / "whole" / "test")
-    assert figures(tmp_path / "parts" / "test") == figures(tmp_path / "whole" / "test")
+    check_resumes(["--xflip"], tmp_path)
