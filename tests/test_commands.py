@@ -221,9 +221,11 @@ def test_what_a_run_logs(digits):
     published = {"model", "lr", "epoch", "step", "elbo", "elbo_filtered", "distortion", "rate",
                  "grad_norm", "iter_time", "skipped_updates", "rate_nans",
                  "distortion_nans"}  # fmt: skip
-    for e in trains:
+    for before, e in zip([0, *steps[:-1]], trains, strict=True):
         assert published | {"bits_per_dim", "skip_rate", "images_per_second"} <= e.keys()
-        assert 0 < e["images_per_second_overall"] < 1.01 * e["images_per_second"]
+        assert e["images_per_second_overall"] > 0
+        if e["step"] - before == 5:  # both are of the same five steps, one with loading and saves
+            assert e["images_per_second_overall"] < 1.01 * e["images_per_second"]
         assert e["model"] == "test" and e["epoch"] == (e["step"] - 1) // 43
         assert e["lr"] == pytest.approx(2e-3 * min(1, e["step"] / 100))
         assert e["skip_rate"] == e["skipped_updates"] / min(5, e["step"])
