@@ -19,6 +19,7 @@ demo: python
 		--restore_ema_path $(SAVE)/digits/latest-model-ema.th
 	@$(PY) demo.py $(SAVE)/digits
 
+test: export PYTHONDONTWRITEBYTECODE =# hundreds of processes read the modules: compiled once
 test: python
 	@$(MAKE) --no-print-directory .venv/requirements-dev
 	$(PY) -m ruff check .
