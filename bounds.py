@@ -10,9 +10,9 @@ import math
 import torch
 
 from compiling import run_network
-from fused import at_least_float32, without_autocast
 from labels import given
 from noise import noise_of_images
+from precision import at_least_float32, without_autocast
 
 
 def nats_to_bits(nats):

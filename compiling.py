@@ -13,8 +13,9 @@ import weakref
 
 import torch
 
-from fused import channels_last, compute_dtype, is_traced
-from noise import NoNoise, fill_noise, given_noise, noise_shapes
+from fused import channels_last, is_traced
+from noise import NoNoise, drawn_before, fill_noise, given_noise, noise_shapes
+from precision import compute_dtype
 
 # Blocks up to which a network is compiled whole: some 5 s of one core a block, of which block by
 # block only the first of each shape costs any, and then the starts of all operators are gone.
@@ -128,11 +129,11 @@ def _draws_by_layer(function, vae, x, rest):
     The generators stay where they are.
     """
     devices = [x.device] if x.device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        like = next(vae.parameters())
-        noise = [like.new_zeros(shape) for shape in noise_shapes(vae, len(x))]
+    like = next(vae.parameters())
+    noise = [like.new_zeros(shape) for shape in noise_shapes(vae, len(x))]
+    with torch.random.fork_rng(devices), drawn_before(noise) as drawn:
         try:
-            _with_noise(function, vae, noise, x, *rest)
+            function(vae, x, *rest)
         except NoNoise:
             return False
-    return not noise
+    return drawn.place == len(noise)

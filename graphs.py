@@ -21,7 +21,7 @@ from noise import (
 )
 from optimizers import applied_updates, linear_warmup
 from options import setting
-from steps import Launched, Steps, is_ours, reading
+from steps import Launched, Steps, casting, is_ours, reading
 
 WARM_UPS = 3  # passes before the recording: libraries choose and allocate in the first ones
 
@@ -156,7 +156,7 @@ class GraphedSteps(Steps):
         self.left = iter(one.noise)
         beta = one.beta if setting(self.H, "kl_warmup_iters") else 1.0
         labels = one.images[2] if one.images[2:] else None
-        with self._casting():
+        with casting(self.H, self.parameters, self.copies):
             stats = self._gradients(*one.images[:2], labels, beta, False)
         stats["stop"] = one.stop
         one.names = list(stats)

@@ -10,8 +10,9 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from fused import at_least_float32, is_traced
+from fused import is_traced
 from noise import fill_noise
+from precision import at_least_float32
 
 
 def n_parameters(channels):

@@ -21,6 +21,14 @@ def image_generators(indices, *key):
     return [torch.Generator().manual_seed(noise_seed(*key, i)) for i in indices]
 
 
+def bound_generators(seed, indices, k):
+    """image_generators of the k-th sample of an importance-weighted bound.
+
+    The first sample is the ELBO's own: with one, the two are the same.
+    """
+    return image_generators(indices, seed, *((IMPORTANCE, k) if k else (EVALUATION,)))
+
+
 def chosen(probability, indices, *key):
     """Which images are chosen, each with a probability: bool (n,), a function of key and index.
 
@@ -240,23 +248,22 @@ def fill_noise(shape, like, fill):
     the images' own; within drawn_before they are there already, within without_noise they are 0.
 
     Raises:
-        ValueError: within drawn_before, where another shape was drawn.
+        NoNoise: within drawn_before or given_noise, where another shape was drawn.
     """
     if _given is not None:
         if not _given or _given[0].shape != torch.Size(shape):
             raise NoNoise(f"no noise of shape {tuple(shape)} was given to this pass")
         return _given.pop(0)
-    own = _here.of_images
-    if own is None:
-        drawn = _here.drawn
-        if _here.shapes is not None:
-            _here.shapes.append((tuple(shape), fill))
-        if drawn is None:
-            return fill(torch.empty(shape, dtype=like.dtype, device=like.device))
+    own, drawn = _here.of_images, _here.drawn
+    if drawn is not None:
         drawn.place += 1
         if drawn.place > len(drawn.tensors) or drawn.tensors[drawn.place - 1].shape != shape:
-            raise ValueError(f"no noise of shape {tuple(shape)} was drawn before this pass")
+            raise NoNoise(f"no noise of shape {tuple(shape)} was drawn before this pass")
         return drawn.tensors[drawn.place - 1]
+    if own is None:
+        if _here.shapes is not None:
+            _here.shapes.append((tuple(shape), fill))
+        return fill(torch.empty(shape, dtype=like.dtype, device=like.device))
     if own.generators is _NO_NOISE:
         own.draws += 1
         return torch.zeros(shape, dtype=like.dtype, device=like.device)

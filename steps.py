@@ -11,7 +11,6 @@ import time
 import torch
 
 from endings import stop
-from fused import cast_together, forward_precision
 from noise import draw_normals, drawn_before, draws_alone, generator_state, noting_shapes
 from optimizers import (
     applied_updates,
@@ -21,6 +20,7 @@ from optimizers import (
     move_towards,
 )
 from options import setting
+from precision import cast_together, forward_precision
 from processes import allreduce
 
 # Does on the CPU too what pays on CUDA alone: for tests.
@@ -32,6 +32,20 @@ def is_ours(function):
     return getattr(function, "in_steps", None) is function  # a wrapper has a copy of the mark
 
 
+def casting(H, parameters, copies):
+    """The context of passes whose weights are cast to bf16 at once, where H's precision is that.
+
+    A compiler casts by itself; on the CPU it doesn't pay. copies: a list, that keeps the tensors
+    they are cast to for the next call.
+    """
+    in_bf16 = setting(H, "precision") == "bf16" and not setting(H, "compile")
+    if not in_bf16 or not (parameters[0].is_cuda or AS_ON_CUDA):
+        return contextlib.nullcontext()
+    if not copies:
+        copies += [torch.empty_like(p, dtype=torch.bfloat16) for p in parameters]
+    return cast_together(parameters, copies)
+
+
 class Steps:
     """The steps of one model, EMA and optimizer; lists of their tensors are made once."""
 
@@ -39,7 +53,7 @@ class Steps:
         self.H, self.vae, self.ema_vae, self.optimizer = H, vae, ema_vae, optimizer
         self.parameters, self.averages = list(vae.parameters()), list(ema_vae.parameters())
         self.limit = math.inf if H.skip_threshold == -1 else H.skip_threshold
-        self.copies = None  # of the weights, in bf16
+        self.copies = []  # of the weights, in bf16
         self.noise = {}  # shape of the input → shapes of its noise, or None where others draw too
 
     def launch(self, data_input, target, labels, iterate, over_ranks, update_ema):
@@ -57,7 +71,7 @@ class Steps:
         decides = decides and on_cuda
         if decides and getattr(self.optimizer, "applied_updates", None) is None:
             self.optimizer.applied_updates = applied_updates(self.optimizer)
-        with self._casting() if on_cuda else contextlib.nullcontext():
+        with casting(self.H, self.parameters, self.copies):
             stats = self._gradients(data_input, target, labels, beta, on_cuda)
         stats["stop"] = stop.announce()
         if not decides:
@@ -76,14 +90,6 @@ class Steps:
         """
         groups = self.optimizer.param_groups
         return type(self.optimizer) is torch.optim.AdamW and all(g.get("fused") for g in groups)
-
-    def _casting(self):
-        """The context of a step whose weights are cast to bf16 once, as a compiler does itself."""
-        if setting(self.H, "precision") != "bf16" or setting(self.H, "compile"):
-            return contextlib.nullcontext()
-        if self.copies is None:
-            self.copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in self.parameters]
-        return cast_together(self.parameters, self.copies)
 
     def _forward(self, data_input, target, draw_before, **more):
         """The statistics of a forward pass, whose noise is drawn before it if that is asked for.

@@ -10,6 +10,7 @@ import interrupts  # noqa: F401  the first: a Ctrl-C while the others are import
 # isort: split
 import math
 import os
+from functools import partial
 
 import numpy as np
 import torch
@@ -24,7 +25,6 @@ from data import set_up_data
 from endings import Stopped, heartbeat, run_command, stop
 from errors import MissingFiles, UserError, remedy_of
 from files import replace
-from fused import forward_precision
 from graphs import steps_of
 from image_sets import IMAGE_SETS, result_notice
 from labels import given, labels_in, labels_of, names_of, taking
@@ -32,16 +32,16 @@ from launchers import world
 from logs import buffer_log, show_log
 from noise import (
     EVALUATION,
-    IMPORTANCE,
     PICTURES,
     TRAINING,
-    image_generators,
+    bound_generators,
     noise_of_images,
     noise_seed,
 )
 from optimizers import all_finite, applied_updates
 from options import Hyperparams, setting
 from pictures import labelled_grid
+from precision import forward_precision
 from reports import (
     Pace,
     best_report,
@@ -57,7 +57,7 @@ from resources import naming_shortages
 from resuming import Progress, find_start, resume_run
 from run_folder import begin_run, begin_training, refuse_occupied
 from starting import labels_told, starting_paths
-from steps import Steps, Unread
+from steps import Steps, Unread, casting
 from totals import Totals
 from train_helpers import (
     accumulate_stats,
@@ -136,30 +136,25 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         (seed, EVALUATION),
         lambda batch: range(batch[-1] + step, len(data_valid), step)[: H.n_batch],
     )
-    for batch in tqdm(loader, "evaluating", disable=None if world().rank == 0 else True):
-        heartbeat()
-        if stop.requested():
-            totals.sums["stopped"] = 1.0
-            break
-        first = int(totals.sums["n_images"])
-        indices = mine.indices[first : first + len(batch[0])]
-        x, target = preprocess_fn(batch)
-        labels = labels_in(batch, H) if told else None  # (N,)
-        with (
-            forward_precision(setting(H, "precision"), x.device),
-            noise_of_images(of_images(indices)) as noise,
-        ):
-            channels = []  # of each layer, (N, Z)
-            distortion, rates = distortion_and_rates(ema_vae, x, target, channels, labels)
-        bound = None
-        if iw_samples:
-            # The first sample is the ELBO's own: with one, the two are the same.
-            def generators(k, indices=indices):
-                return image_generators(indices, seed, *((IMPORTANCE, k) if k else (EVALUATION,)))
-
-            with forward_precision(setting(H, "precision"), x.device):
-                bound = importance_weighted_elbo(ema_vae, x, target, iw_samples, generators, labels)
-        totals.add(distortion, rates, channels, noise.draws < len(rates), bound)
+    precision = forward_precision(setting(H, "precision"), device)
+    with casting(H, list(ema_vae.parameters()), []), precision:
+        for batch in tqdm(loader, "evaluating", disable=None if world().rank == 0 else True):
+            heartbeat()
+            if stop.requested():
+                totals.sums["stopped"] = 1.0
+                break
+            first = int(totals.sums["n_images"])
+            indices = mine.indices[first : first + len(batch[0])]
+            x, target = preprocess_fn(batch)
+            labels = labels_in(batch, H) if told else None  # (N,)
+            with noise_of_images(of_images(indices)) as noise:
+                channels = []  # of each layer, (N, Z)
+                distortion, rates = distortion_and_rates(ema_vae, x, target, channels, labels)
+            bound = None
+            if iw_samples:
+                of_bound = partial(bound_generators, seed, indices)
+                bound = importance_weighted_elbo(ema_vae, x, target, iw_samples, of_bound, labels)
+            totals.add(distortion, rates, channels, noise.draws < len(rates), bound)
     totals.over_processes(device)
     if totals.sums["stopped"]:
         raise Stopped("stopped in an evaluation")

@@ -16,12 +16,12 @@ from checkpoints import write_checkpoint
 from compiling import compile_network, keep_compiled
 from data import mkdir_p  # noqa: F401  programs import it from here
 from endings import die_with_parent, start_watch
-from fused import allow_tf32
 from hps import Hyperparams, add_vae_arguments, parse_args_and_update_hparams
 from launchers import lone_warning, resolve_device, world
 from logs import is_buffered
 from optimizers import linear_warmup, make_optimizer, move_towards, restore_optimizer
 from options import OneLineParser, add_own_options, given_options, setting
+from precision import allow_tf32
 from presets import TABLES
 from processes import describe_processes, join_processes
 from resources import try_compiler

@@ -29,15 +29,15 @@ from fused import (
     channels_last,
     conv_1x1,
     gelu,
-    gelu_conv,
+    in_turn,
     posterior_and_prior,
     prior_alone,
     sharing_gelu,
-    without_autocast,
 )
 from image_sets import channels_of
 from labels import given, label_rows, label_tables, labels_of
 from noise import is_of_images, noise_of_images
+from precision import without_autocast
 from recomputing import checkpointed, segments
 from temperatures import log_temperature, temperature_of
 from vae_helpers import (
@@ -88,8 +88,7 @@ class Block(nn.Module):
 
     def forward(self, x):
         x = channels_last(x)
-        h = self.bottleneck(gelu_conv(x, self.c1))  # (N, middle, R, R)
-        h = gelu_conv(h, self.c4)  # (N, out, R, R)
+        h = in_turn(x, self.c1, self.c2, self.c3, self.c4)  # (N, out, R, R)
         if self.residual:
             h = add_to_stream(x, h)
         if self.down_rate is not None:
@@ -98,7 +97,7 @@ class Block(nn.Module):
 
     def bottleneck(self, h):
         """c1's output → c4's input, both (N, middle, R, R) before their GELU."""
-        return gelu_conv(gelu_conv(h, self.c2), self.c3)
+        return in_turn(h, self.c2, self.c3)
 
 
 _OWN_BLOCK = Block  # whose calls fused.py may replace, whatever a program puts under the name

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fused import conv_1x1, gaussian_kl, without_autocast
+from fused import conv_1x1, gaussian_kl
 from image_sets import channels_of, target_bits
 from likelihood import (
     discretized_mix_logistic_loss,
@@ -17,6 +17,7 @@ from likelihood import (
     sample_from_discretized_mix_logistic,
 )
 from noise import fill_noise
+from precision import without_autocast
 
 # ---- Gaussians -----------------------------------------------------------------------------
 

@@ -28,7 +28,6 @@ from reference import PlainVAE, plain_mixture_loss
 from compiling import compile_network
 from endings import run_command
 from errors import UserError
-from fused import allow_tf32, forward_precision
 from hps import HPARAMS_REGISTRY
 from image_sets import target_bits
 from labels import given
@@ -36,6 +35,7 @@ from launchers import resolve_device
 from likelihood import discretized_mix_logistic_loss, n_parameters
 from optimizers import make_optimizer
 from options import OneLineParser
+from precision import allow_tf32, forward_precision
 from presets import get_hparams
 from reports import saved_bytes
 from train_helpers import update_ema

@@ -29,7 +29,6 @@ from batches import Images, make_loader
 from checkpoints import write_checkpoint
 from endings import run_command
 from errors import UserError, reason_of
-from fused import allow_tf32
 from graphs import steps_of
 from hps import HPARAMS_REGISTRY
 from image_sets import IMAGE_SETS
@@ -37,6 +36,7 @@ from launchers import resolve_device
 from noise import image_generators
 from optimizers import make_optimizer
 from options import OneLineParser
+from precision import allow_tf32
 from presets import get_hparams
 from steps import Steps
 from train_helpers import load_vaes

@@ -128,16 +128,18 @@ def main(preset, precision, tasks):
             moments = {name: torch.zeros_like(p) for name in ("exp_avg", "exp_avg_sq")}
             optimizer.state[p] = {"step": torch.zeros((), device=x.device)} | moments
     optimizer.applied_updates = 1
-    one = steps.Steps(H, model, ema, optimizer)
-    if precision == "bf16":
+    one, copies = steps.Steps(H, model, ema, optimizer), []
+    if precision == "bf16":  # what is made once counts as no call
         with mode:
             one.copies = [torch.empty_like(p, dtype=torch.bfloat16) for p in one.parameters]
+            copies = [t.clone() for t in one.copies]
 
     def step():
         one.launch(x, x, None, 0, train.get_cpu_stats_over_ranks, train.update_ema).read()
 
     def evaluate():
-        with torch.no_grad(), train.forward_precision(precision, x.device):
+        casting = steps.casting(H, list(ema.parameters()), copies)
+        with torch.no_grad(), casting, train.forward_precision(precision, x.device):
             sum(ema(x, x).values()).cpu()
 
     def latents():

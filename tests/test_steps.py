@@ -13,7 +13,7 @@ from faulty_train import Fault
 from golden import inputs, model
 from runs import SAVING, SMALL, Run, assert_same, check_latest, figures, hashes, log_of, start
 
-import fused
+import precision
 import steps
 import train
 from endings import stop
@@ -113,8 +113,8 @@ def test_weights_cast_once_and_noise_drawn_before_change_no_bit(checkpointed, mo
 
 
 def counted_casts(monkeypatch):
-    """The calls of fused.cast_together from now on."""
-    calls, original = [], fused.cast_together
+    """The calls of precision.cast_together from now on."""
+    calls, original = [], precision.cast_together
     monkeypatch.setattr(steps, "cast_together", lambda *a: calls.append(a) or original(*a))
     return calls
 
@@ -132,7 +132,7 @@ def test_weights_are_cast_while_the_step_lasts_and_no_longer():
             return vae(*batch)["elbo"].item()
 
     before = loss()
-    with fused.cast_together(weights, copies):
+    with precision.cast_together(weights, copies):
         assert loss() == before
         with torch.no_grad():
             for p in weights:

@@ -9,8 +9,8 @@ from torch import nn
 
 import compiling
 import train_helpers
-from fused import forward_precision
 from hps import get_hparams
+from precision import forward_precision
 from train_helpers import accumulate_stats, load_vaes, setup_mpi, update_ema
 
 
