@@ -3,10 +3,11 @@
     python benchmarks/gpu.py --out gpu.jsonl
 
 needs no network and no data, and takes less than --seconds; each row is written as it is measured.
-The same command goes on where the rows of gpu.jsonl end. gpu.md is a table of them. Of a preset and
-a mode: training images/s, beside those of the plain rendition (reference.py, float32) measured in
-turns; kernels of a step; busy, the share of a step's time without profiler in which some kernel
-runs; peak, bytes above what is alive before a step. Never run on a GPU.
+The same command goes on where the rows of gpu.jsonl end, and measures anew what ended in an error,
+but for a lack of memory. gpu.md is a table of them. Of a preset and a mode: training images/s,
+beside those of the plain rendition (reference.py, float32) measured in turns; kernels of a step;
+busy, the share of a step's time without profiler in which some kernel runs; peak, bytes above what
+is alive before a step. Never run on a GPU.
 """
 
 import copy
@@ -35,7 +36,7 @@ from image_sets import IMAGE_SETS
 from launchers import resolve_device
 from noise import image_generators
 from optimizers import make_optimizer
-from options import OneLineParser
+from options import OneLineParser, setting
 from precision import allow_tf32
 from presets import get_hparams
 from steps import Steps
@@ -131,7 +132,6 @@ def check_precision(device, precision):
         loss.backward()
         norm = torch.nn.utils.get_total_norm([p.grad for p in vae.parameters()])
         figures.append((loss.item(), norm.item()))
-    allow_tf32(False)
     off = [abs(a / b - 1) for a, b in zip(*figures, strict=True)]
     return max(off) < TOLERANCE[precision], f"loss {off[0]:.1e}, gradients {off[1]:.1e}"
 
@@ -153,13 +153,12 @@ def check_no_wait(device):
 
 def check_alike(device, options, tolerance, n=None, against=None):
     """Three steps with options against the plain eager ones: the weights that they lead to."""
-    weights, torch.backends.cudnn.deterministic = [], True
+    weights = []
     for more in (against or {}, options):
         one = trainer(hparams("cifar10", device, short=True, n_batch=4, lr=1e-3, **more))
         for size in (None, n, None) if n else (None,):
             _, found = take(one, 1 if n else 3, size)
         weights.append(found)
-    torch.backends.cudnn.deterministic = False
     off = apart(*weights)
     return off <= tolerance, f"weights {off:.1e}"
 
@@ -234,6 +233,9 @@ CHECKS = {
         d, MODES["bf16, graph, checkpointed"], 1e-4, against={"precision": "bf16"}
     ),
     "compiled": lambda d: check_alike(d, {"compile": True}, 1e-3),
+    "compiled, bf16": lambda d: check_alike(
+        d, {"compile": True, "precision": "bf16"}, 3e-2, against={"precision": "bf16"}
+    ),
     "pictures": check_pictures,
     "Apex": check_apex,
     "files": check_files,
@@ -242,7 +244,12 @@ CHECKS = {
 
 
 def run_check(name, device):
-    ok, detail = CHECKS[name](device)
+    torch.backends.cudnn.deterministic = True
+    try:
+        ok, detail = CHECKS[name](device)
+    finally:
+        torch.backends.cudnn.deterministic = False
+        allow_tf32(False)
     return {"result": {True: "ok", False: "FAILED", None: "not here"}[ok], "detail": detail}
 
 
@@ -290,6 +297,12 @@ def plain_step(H):
     return step
 
 
+def moments(optimizer):
+    """The tensors of an optimizer's state."""
+    states = optimizer.state.values()
+    return [t for state in states for t in state.values() if torch.is_tensor(t)]
+
+
 def measure(preset, mode, device, rounds):
     """A row of a preset in a mode, its plain rendition measured in turns where there is room."""
     H = hparams(preset, device, **MODES[mode])
@@ -300,9 +313,17 @@ def measure(preset, mode, device, rounds):
         if len(unread) > 1:  # as in a run
             unread.pop(0).read()
 
-    for _ in range(3):
-        own()
-    row = {"peak_mb": peak_bytes(device, own) / 1e6, "n_batch": H.n_batch}
+    def first():
+        for _ in range(3):
+            own()
+
+    # A graph's memory is taken once, when it is recorded: among these steps, as are the moments.
+    peak = peak_bytes(device, first)
+    if setting(H, "cuda_graphs"):
+        peak -= sum(t.numel() * t.element_size() for t in moments(one.optimizer))
+    else:
+        peak = peak_bytes(device, own)
+    row = {"peak_mb": peak / 1e6, "n_batch": H.n_batch}
     calls, times = {"own": own}, {"own": [], "plain": []}
     try:
         calls["plain"] = plain_step(hparams(preset, device))
@@ -311,7 +332,7 @@ def measure(preset, mode, device, rounds):
         row["plain_peak_mb"] = peak_bytes(device, calls["plain"]) / 1e6
     except torch.OutOfMemoryError:
         calls.pop("plain", None)
-        row["plain"] = "out of memory"
+        row["plain"] = OUT_OF_MEMORY
     for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(seconds(device, call))
@@ -327,12 +348,15 @@ def measure(preset, mode, device, rounds):
 # ---- rows ----------------------------------------------------------------------------------
 
 
+OUT_OF_MEMORY = "out of memory"
+
+
 def attempt(job):
     """A job's row; what goes wrong in it is a row too."""
     try:
         return job()
     except torch.OutOfMemoryError:
-        return {"error": "out of memory"}
+        return {"error": OUT_OF_MEMORY}
     except Exception as error:  # of whatever a machine is capable of: the other rows go on
         return {"error": f"{type(error).__name__}: {reason_of(error)}"[:300]}
 
@@ -349,13 +373,20 @@ def rows_of(path):
     return rows
 
 
-def run_jobs(jobs, path, limit, facts):
-    """Runs the jobs {(part, name): function} whose rows are not in the file, until limit seconds.
+def measured(path):
+    """The (part, name) of a file's rows that need not be measured again."""
+    errors = (None, OUT_OF_MEMORY)
+    return {key for key, row in rows_of(path).items() if row.get("error") in errors}
 
-    Returns the number of jobs that are left.
+
+def run_jobs(jobs, path, limit, facts):
+    """Runs the jobs {(part, name): function} that the file has no row of, until limit seconds.
+
+    Those too that ended in an error, but for a lack of memory: one error of CUDA may have brought
+    the others with it. Returns the number of jobs that are left.
     """
-    done, start = rows_of(path), time.monotonic()
-    missing = [key for key in jobs if key not in done]
+    start = time.monotonic()
+    missing = [key for key in jobs if key not in measured(path)]
     if path.exists() and not path.read_bytes().endswith(b"\n"):
         with path.open("a") as file:
             file.write("\n")
@@ -439,7 +470,7 @@ def main(s=None):
                 )
     card = torch.cuda.get_device_name(device) if device.startswith("cuda") else "CPU"
     path = Path(args.out)
-    print(f"{len(jobs.keys() - rows_of(path))} rows to measure on {card}", flush=True)
+    print(f"{len(jobs.keys() - measured(path))} rows to measure on {card}", flush=True)
     left = run_jobs(jobs, path, args.seconds, {"card": card, "torch": torch.__version__})
     text = table(rows_of(path).values())
     path.with_suffix(".md").write_text(text + "\n")
