@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import socket
 import tarfile
 import zipfile
@@ -73,6 +74,8 @@ KINDS = {
     "empty": (b"", "empty", "name a model.th"),
     "npz": (npz(), "an .npz file", "name a model.th"),
     "zip": (zip_of(a__txt="x", b__txt="y"), "a zip archive of a.txt, b.txt", "name a model.th"),
+    "zeros": (bytes(2000), "zero bytes and nothing else", "fetch it anew"),
+    "cut": (zip_of(a__pkl=bytes(99))[:-30], "a zip archive without its end", "fetch it anew"),
     "hdf": (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file", "name a"),
 }
 
@@ -125,6 +128,15 @@ def test_classes_are_named(tmp_path):
     torch.save(tiny(), tmp_path / "m.th")
     with pytest.raises(UserError, match=r"the class vae\.VAE"):
         read_weights(tmp_path / "m.th")
+
+
+def test_foreign_bytes_are_not_called_objects(tmp_path):
+    """As of ONNX, of another pickle protocol, of MessagePack: nothing in them could run."""
+    for content in (b"\x08\x07\x12\x07pytorch", pickle.dumps({"a": 1}), b"\x83\xa6params\x80"):
+        path = written(tmp_path / "m.th", content + bytes(99))
+        with pytest.raises(UserError, match="it is none that torch.save wrote") as error:
+            read_torch_file(path)
+        assert "run code" not in str(error.value)
 
 
 def test_what_stands_in_for_a_file_is_not_opened(tmp_path, monkeypatch):
