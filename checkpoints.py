@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from errors import UserError, remedy_of
+from file_kinds import not_regular
 from files import fsync, sha256
 from torch_files import contiguous
 
@@ -312,7 +313,10 @@ def holds_run(folder):
             return True
         if any(re.fullmatch(_REPLACED, name) for name in os.listdir(folder)):
             return True
-        with open(os.path.join(folder, "log.jsonl"), "rb") as file:
+        log = os.path.join(folder, "log.jsonl")
+        if not_regular(log):  # which flush_log then says
+            return False
+        with open(log, "rb") as file:
             return any(b'"train_loss"' in line for line in file)
     except (FileNotFoundError, NotADirectoryError):
         return False

@@ -157,6 +157,8 @@ class NpyImages:
 
     def __init__(self, path):
         self.path = path
+        if (special := not_regular(path)) not in (None, "a folder"):  # which could wait for ever
+            raise ValueError(f"it is {special}")
         array = np.lib.format.open_memmap(path, mode="r")  # which checks the header and the size
         self.shape, self.offset = array.shape, array.offset
         self.kind = f"{array.dtype} {array.shape}{'' if array.flags.c_contiguous else ' (Fortran)'}"

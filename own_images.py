@@ -14,7 +14,7 @@ import numpy as np
 from batches import Images, of_channels
 from decoding import rgb_of
 from errors import UserError
-from file_kinds import not_regular, what_file
+from file_kinds import what_file
 from files import read_json, write_json
 from image_files import ImageArray, NpyImages, list_images, open_npy
 from label_files import labels_digest, labels_of_array, labels_of_files, numbers_of
@@ -36,13 +36,13 @@ def open_own(H, how):
             is skip; and for a missing or wrong --image_size.
     """
     given = H.given_options  # None where a program has made H
-    if given is not None and "data_root" not in given and H.data_root == DEFAULTS["data_root"]:
+    unsaid = given is not None and "data_root" not in given
+    # "" is mostly a shell's variable that is not set.
+    if H.data_root == "" or unsaid and H.data_root == DEFAULTS["data_root"]:
         raise UserError("own images need --data_root: name a folder of them, or an .npy file")
     root, channels = Path(H.data_root), how.channels
     if root.suffix == ".npy" and not root.is_dir():
         try:
-            if special := not_regular(root):  # which could wait for ever
-                raise ValueError(f"it is {special}")
             found = NpyImages(root).shape
         except (OSError, ValueError) as error:
             kind, remedy = what_file(root)

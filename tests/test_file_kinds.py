@@ -15,10 +15,13 @@ import torch
 from fakes import noise, own_H, tiny_network
 from PIL import Image
 
-from data import set_up_data
+from checkpoints import holds_run
+from data import read_cifar10_batch, set_up_data
 from errors import UserError
 from file_kinds import kind_of, not_regular, what_file
+from files import read_json
 from hps import get_hparams
+from image_files import open_npy
 from optimizers import restore_optimizer
 from torch_files import read_torch_file
 from vae import VAE
@@ -149,8 +152,17 @@ def test_what_stands_in_for_a_file_is_not_opened(tmp_path, monkeypatch):
             with pytest.raises(UserError, match=f"{path} is {kind}"):
                 read_torch_file(path)
     os.mkfifo(tmp_path / "a.npy")
-    with pytest.raises(UserError, match="it is a FIFO"):
-        set_up_data(own_H(tmp_path / "a.npy", 8))
+    os.mkfifo(tmp_path / "images.json")
+    os.mkfifo(tmp_path / "log.jsonl")
+    for open_it in (
+        lambda: set_up_data(own_H(tmp_path / "a.npy", 8)),
+        lambda: open_npy(tmp_path / "a.npy", (9, 8, 8, 3), "name another"),
+        lambda: read_cifar10_batch(tmp_path / "a.npy"),
+        lambda: read_json(tmp_path / "images.json"),
+    ):
+        with pytest.raises(UserError, match="it is a FIFO"):
+            open_it()
+    assert not holds_run(tmp_path)  # what its log.jsonl is, is said when it is to be written
     written(tmp_path / "b.npy", LFS)
     with pytest.raises(UserError, match="git lfs pull"):
         set_up_data(own_H(tmp_path / "b.npy", 8))
