@@ -178,7 +178,9 @@ def _packing_for(H, record, path, own):
     if not record or not root.is_dir():
         return asked
     known = Packing(*record.get("packing", (1, None)))._replace(channels=asked.channels)
-    if asked not in (known, Packing(channels=asked.channels)):  # another background is asked for
+    # Another background is asked for, even if it is the default by name.
+    named = "background" in (H.given_options or ())
+    if asked != known and (named or asked != Packing(channels=asked.channels)):
         if own:
             raise UserError(
                 f"--background {H.background}: {path} tells of images packed otherwise "

@@ -97,7 +97,9 @@ def _legible(draw):
 
     @functools.wraps(draw)
     def drawn(path, *args, **more):
-        import matplotlib  # slow to import
+        with needing("matplotlib", f"the picture {path}"):
+            import matplotlib  # slow to import
+            from matplotlib.figure import Figure  # noqa: F401  which may fail where it does not
 
         args = [
             one_line(arg)
@@ -125,8 +127,7 @@ def draw_rates(path, resolutions, rates, title, active=None):
         rates: that of each layer, in nats per dimension.
         active: (latent channels in use, latent channels) of each layer, drawn below it.
     """
-    with needing("matplotlib", "a picture of rates"):
-        from matplotlib.figure import Figure  # slow to import
+    from matplotlib.figure import Figure
 
     bits = nats_to_bits(np.asarray(rates))
     names = sorted(set(resolutions))
@@ -180,8 +181,7 @@ def draw_curves(path, runs):
             also weights_bits_per_dim, NaN where the weights themselves were not evaluated, and
             labels, a word: whether the evaluations were told labels ("": there are none).
     """
-    with needing("matplotlib", "a picture of curves"):
-        from matplotlib.figure import Figure  # slow to import
+    from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 8), layout="constrained")
     (by_step, by_time), (norms, skips) = figure.subplots(2, 2)

@@ -162,6 +162,16 @@ def _tensorboard_is_broken():
     builtins.__import__ = broken
 
 
+@pytest.mark.parametrize("module", ["matplotlib", "matplotlib.figure"])
+def test_a_chart_without_matplotlib_says_what_it_needs(module, tmp_path, monkeypatch):
+    write_log(tmp_path / "log", steps([5, 10]))
+    monkeypatch.setitem(sys.modules, module, None)
+    argv = ["plot.py", tmp_path / "log", "--out", tmp_path / "a.png"]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in argv])
+    with pytest.raises(UserError, match="needs the package matplotlib.*pip install matplotlib$"):
+        plot.main()
+
+
 def test_packages_that_are_broken(tmp_path):
     """TensorBoard's ends the run at its start; matplotlib's, hours later, costs the picture."""
     argv = [*SMALL, "--save_dir", tmp_path, "--num_epochs", "1"]
