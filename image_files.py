@@ -127,11 +127,13 @@ def describe_left_out(left_out):
 def image_paths(paths):
     """The image files that paths name: themselves, or of a folder all below it, sorted by name.
 
+    A path may begin with `~`, which a shell leaves as it is in quotes.
+
     Raises:
         UserError: for a folder without any, or as list_images.
     """
     found = []
-    for path in paths:
+    for path in map(os.path.expanduser, paths):
         if not os.path.isdir(path):
             found.append(path)
             continue

@@ -12,8 +12,10 @@ from golden import model
 from runs import ENV, ROOT, SMALL, Run
 from test_plot import steps, write_log
 
+import files_to_npy
 import logs
 import plot
+import sample
 from errors import UserError, needing, remedy_of
 from hps import HPARAMS_REGISTRY, add_vae_arguments, parse_args_and_update_hparams
 from image_sets import IMAGE_SETS
@@ -301,9 +303,24 @@ def test_numpy_latents_are_latents():
     block, xs = vae.decoder.dec_blocks[0], {1: torch.zeros(2, H.width, 1, 1)}
     a, b = (block.forward_uncond(dict(xs), lvs=lvs)[1] for lvs in (z[0], z[0].numpy()))
     assert torch.equal(a, b)
+    half = z[0].half()
+    a, b = (block.forward_uncond(dict(xs), lvs=lvs)[1] for lvs in (half.float(), half))
+    assert torch.equal(a, b)
 
 
-def test_an_interpolation_of_one_step_is_refused():
-    argv = [sys.executable, "sample.py", "interpolate", "a.png", "b.png", "--steps", "1"]
-    done = subprocess.run(argv, cwd=ROOT, env=ENV, capture_output=True, text=True)
-    assert done.returncode == 2 and "at least 2" in done.stderr and done.stderr.count("\n") == 1
+@pytest.mark.parametrize(
+    "command, line, words",
+    [
+        (sample, "interpolate a.png b.png --steps 1", "at least 2"),
+        (sample, "encode ~/empty --restore_ema_path x", "^/.+/empty holds no image"),
+        (files_to_npy, "~/absent a.npy", "^/.+/absent is neither"),
+        (files_to_npy, "photos a.npy --sides 3", "did you mean --side"),
+    ],
+)
+def test_refused_before_weights_are_read(command, line, words, tmp_path, monkeypatch):
+    """A `~` in quotes is the home folder, as in an option."""
+    (tmp_path / "empty").mkdir()
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["command", *line.split()])
+    with pytest.raises(UserError, match=words):
+        command.main()
