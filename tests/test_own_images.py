@@ -303,7 +303,7 @@ def command(tmp_path, root, *options, launcher=()):
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=120,
+        timeout=600,
     )
     return done.returncode, done.stdout, done.stderr
 
