@@ -182,6 +182,13 @@ def draw_curves(path, runs):
             labels, a word: whether the evaluations were told labels ("": there are none).
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        """The ticks that a logarithmic axis names, as numbers."""
+
+        def __call__(self, value, position=None):
+            return f"{value:.3g}" if super().__call__(value, position) else ""
 
     figure = Figure(figsize=(12, 8), layout="constrained")
     (by_step, by_time), (norms, skips) = figure.subplots(2, 2)
@@ -215,6 +222,9 @@ def draw_curves(path, runs):
         dots = "dots: validation of the EMA" if with_weights else "dots: validation"
         axes.set_ylabel(f"bits/dim (line: training, {dots}{crosses})")
     norms.set(ylabel="gradient norm, largest per log line", yscale="log")
+    # Texts stand as they are (chart_style), so this axis's may be no formulas: 100, not $10^2$.
+    norms.yaxis.set_major_formatter(Plain())
+    norms.yaxis.set_minor_formatter(Plain(minor_thresholds=(1, 0.4)))
     skips.set(ylabel="skipped updates, share of the steps")
     top = max(np.nanmax(train["skip_rate"]) for train, _ in runs.values())
     skips.set_ylim(0, max(0.05, 1.1 * top))
