@@ -357,7 +357,7 @@ def test_a_folder_of_mode_000(tmp_path):
     RGB.save(tmp_path / "photos" / "0.png")
     RGB.save(tmp_path / "photos" / "closed" / "1.png")
     (tmp_path / "photos" / "closed").chmod(0)
-    for folder in [tmp_path, *list(tmp_path.parents)[:-2]]:
+    for folder in [tmp_path / "photos", tmp_path, *list(tmp_path.parents)[:-2]]:
         folder.chmod(folder.stat().st_mode | 0o055)
     code = "import os, sys; sys.path.insert(0, sys.argv[1]); from image_files import list_images; "
     code += "os.seteuid(65534); list_images(sys.argv[2])"
