@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from errors import UserError, remedy_of
+from file_kinds import not_regular
 from files import fsync, sha256
 from torch_files import contiguous
 
@@ -295,14 +296,27 @@ def remove_old_checkpoints(folder, keep):
         Path(folder, "sets", prefix).unlink(missing_ok=True)
 
 
+# What a run makes in its folder, beside its lock and the folder `sets`.
+_REPLACED = (
+    rf"({_PREFIXES})-(" + "|".join(map(re.escape, FILE_NAMES)) + r")|(samples|rates)-\d+\.png"
+)
+_OURS = _REPLACED + (r"|log\.(jsonl|txt)|images\.json|rates-test\.png|events\.out\.tfevents\..+")
+
+
 def holds_run(folder):
-    """Whether a run has left something in a folder: a checkpoint, latest-model.th, a step's log."""
+    """Whether a folder has what a run makes and the next would replace, or a step's log.
+
+    That is a checkpoint, any file under the name of one of its files, or a picture of a step.
+    """
     try:
         if complete_checkpoints(folder) or any(_copies(folder)):
             return True
-        if os.path.lexists(os.path.join(folder, "latest-model.th")):
+        if any(re.fullmatch(_REPLACED, name) for name in os.listdir(folder)):
             return True
-        with open(os.path.join(folder, "log.jsonl"), "rb") as file:
+        log = os.path.join(folder, "log.jsonl")
+        if not_regular(log):  # which flush_log then says
+            return False
+        with open(log, "rb") as file:
             return any(b'"train_loss"' in line for line in file)
     except (FileNotFoundError, NotADirectoryError):
         return False
@@ -311,14 +325,6 @@ def holds_run(folder):
             f"{error.filename} can't be read ({error.strerror}): {remedy_of(error)}, or name "
             f"another folder with --save_dir or --desc"
         ) from None
-
-
-# What a run makes in its folder, beside its lock and the folder `sets`.
-_OURS = (
-    rf"({_PREFIXES})-(" + "|".join(map(re.escape, FILE_NAMES)) + r")"
-    r"|log\.(jsonl|txt)|images\.json|samples-\d+\.png|rates-(\d+|test)\.png"
-    r"|events\.out\.tfevents\..+"
-)
 
 
 def remove_run(folder):

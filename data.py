@@ -12,6 +12,7 @@ import numpy as np
 
 from batches import Images, make_preprocess, preprocess  # noqa: F401  programs import preprocess here
 from errors import MissingFiles, UserError, needing, reason_of
+from file_kinds import not_regular
 from image_files import ImageArray, decode, open_npy
 from image_sets import IMAGE_SETS, image_channels_of, image_size_of, set_labels
 from labels import labels_of
@@ -62,6 +63,8 @@ class _BatchUnpickler(pickle.Unpickler):
 
 
 def _unpickle(path):
+    if special := not_regular(path):  # which could wait for ever
+        raise ValueError(f"it is {special}")
     with open(path, "rb") as file:
         return _BatchUnpickler(file, encoding="bytes").load()
 

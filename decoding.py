@@ -1,6 +1,9 @@
 """One picture: the bytes of a file → its pixels in RGB, upright, of 8 bits."""
 
 import io
+import math
+import re
+import struct
 import sys
 import warnings
 
@@ -27,7 +30,8 @@ PngImagePlugin.MAX_TEXT_MEMORY = max(PngImagePlugin.MAX_TEXT_MEMORY, 2**29)
 
 # What is said of pictures that were not simply read.
 LAID = "with transparency, laid on {background}"
-DIVIDED = "of 16 bits a channel, divided by 257"
+DIVIDED = "of 9 to 16 bits a channel, divided to 8 (16 by 257)"
+CUT = "of more than 8 bits a channel, cut to 8 by their decoder"
 FIRST = "of several frames, the first taken"
 
 # Frames that are no pictures after each other: previews of a camera, layers.
@@ -40,7 +44,7 @@ def decode(data, background="white"):
 
 
 def decode_noting(data, background="white"):
-    """(a file's image: PIL, mode RGB, upright as its EXIF data say; its LAID, DIVIDED, FIRST).
+    """(a file's image: PIL, mode RGB, upright as its EXIF data say; its notes: FIRST, ...).
 
     Grey is repeated in the three channels, palette entries are looked up, CMYK becomes RGB.
 
@@ -54,17 +58,19 @@ def decode_noting(data, background="white"):
     notes = []
     try:
         with warnings.catch_warnings(action="ignore"):  # of damaged EXIF data and the like
+            data = _of_two_digits(data) if data.startswith(b"/* XPM */") else data
             image = Image.open(io.BytesIO(data), formats=FORMATS)
             if image.format not in NO_SEQUENCE and getattr(image, "is_animated", False):
                 notes.append(FIRST)
-            levels = _deep_levels(image, data)  # before image.load(), which forgets its layout
+            # Before image.load(), which forgets how the file is laid out.
+            levels, note = _deep_levels(image, data)
+            notes += [note] * (note is not None)
             plain_ycbcr = _take_plain_ycbcr(image)
             image.load()
             turn = _turn(image)
             if plain_ycbcr:
                 image = Image.frombytes("YCbCr", image.size, image.tobytes())
             if levels is not None:
-                notes.append(DIVIDED)
                 image = _of_levels(levels, image)
             if image.mode not in ("I", "F"):
                 image, laid = _to_rgb(image, background)
@@ -77,7 +83,7 @@ def decode_noting(data, background="white"):
         raise ValueError(f"cannot be decoded ({what}){remedy}") from None
     except Exception as error:  # damaged bytes make PIL's decoders raise nearly anything
         raise ValueError(f"cannot be decoded ({reason_of(error)})") from None
-    raise ValueError(f"has 32 bits a channel (mode {image.mode}), not 8 or 16")
+    raise ValueError(f"has 32 bits a channel or signed levels (mode {image.mode}), not 8 or 16")
 
 
 def _turn(image):
@@ -111,6 +117,21 @@ def _take_plain_ycbcr(image):
     return found
 
 
+def _of_two_digits(data):
+    """An XPM file whose colours have two digits a channel, the only ones that Pillow reads right.
+
+    X11 allows of 1 to 4: of one, twice the same are taken, of more the first two.
+    """
+
+    def colour(match):
+        start, digits = match.groups()
+        n = len(digits) // 3
+        parts = [digits[i : i + n] for i in range(0, 3 * n, n)]
+        return start + b"".join(part * 2 if n == 1 else part[:2] for part in parts)
+
+    return re.sub(rb"(\sc\s+#)((?:[0-9A-Fa-f]{3}){1,4})(?=[\s\"])", colour, data)
+
+
 def rgb_of(colour):
     """(red, green, blue) of a colour's name or #rrggbb."""
     return ImageColor.getrgb(colour)[:3]
@@ -130,27 +151,34 @@ def _to_rgb(image, background):
     return Image.alpha_composite(flat, image).convert("RGB"), True
 
 
-# ---- 16 bits a channel ---------------------------------------------------------------------
+# ---- more than 8 bits a channel ------------------------------------------------------------
 
 
 def _deep_levels(image, data):
-    """The levels (H, W) or (H, W, C) of an image of 16 bits a channel, 0 to 65535; None of others.
+    """(levels (H, W) or (H, W, C), 0 to 65535, of an opened image of 9 to 16 bits a channel, note).
 
-    Of such colours Pillow keeps the upper byte alone. Read once more as if their bytes stood in the
+    Without levels, what Pillow makes of it is taken: its note is CUT where it has more than 8 bits.
+
+    Raises:
+        ValueError: for such that Pillow reads wrongly.
+    """
+    read = {"AVIF": _avif, "DDS": _dds, "JPEG2000": _jpeg_2000, "PPM": _ppm, "SGI": _sgi,
+            "TIFF": _tiff}.get(image.format, _raw)  # fmt: skip
+    return read(image, data) if image.tile else (None, None)
+
+
+def _raw(image, data):
+    """Of a file whose levels are bytes in rows, maybe compressed.
+
+    Of colours Pillow keeps the upper byte alone. Read once more as if their bytes stood in the
     other order, the image is that of their lower bytes.
     """
-    if image.mode.startswith("I;16") or (image.format, image.mode) == ("PPM", "I"):
-        return np.asarray(image).astype(np.int64)
-    if not image.tile:
-        return None
-    arguments, offset = image.tile[0].args, image.tile[0].offset
-    if arguments == ("RGB", 65535) and data.startswith(b"P6"):  # a PPM
-        width, height = image.size
-        levels = np.frombuffer(data, ">u2", width * height * 3, offset)
-        return levels.reshape(height, width, 3).astype(np.int64)
+    if image.mode.startswith("I;16"):
+        return np.asarray(image).astype(np.int64), DIVIDED
+    arguments = image.tile[0].args
     raw = arguments if isinstance(arguments, str) else arguments[0] if arguments else None
     if not isinstance(raw, str) or not raw.endswith((";16B", ";16L", ";16N")):
-        return None
+        return None, None
     if raw.endswith("N"):  # native
         other = raw[:-1] + {"little": "B", "big": "L"}[sys.byteorder]
     else:
@@ -159,14 +187,89 @@ def _deep_levels(image, data):
     if raw == "LA;16B":  # of which there is no other order: four bytes a pixel
         lower.tile = [tile._replace(args="RGBA") for tile in lower.tile]
         grey_alpha = np.asarray(lower).astype(np.int64)  # (H, W, 4)
-        return grey_alpha[..., [0, 0, 0, 2]] * 256 + grey_alpha[..., [1, 1, 1, 3]]
+        return grey_alpha[..., [0, 0, 0, 2]] * 256 + grey_alpha[..., [1, 1, 1, 3]], DIVIDED
     lower.tile = [
         tile._replace(args=other if isinstance(tile.args, str) else (other, *tile.args[1:]))
         for tile in lower.tile
     ]
     lower = np.asarray(lower).astype(np.int64)
     upper = np.asarray(Image.open(io.BytesIO(data), formats=FORMATS)).astype(np.int64)
-    return upper * 256 + lower
+    return upper * 256 + lower, DIVIDED
+
+
+def _tiff(image, data):
+    tags = image.tag_v2
+    bits, planar, strips = tags.get(258, (1,))[0], tags.get(284) == 2, tags.get(273)
+    if planar and bits == 16 and len(image.getbands()) > 1:
+        if tags.get(259, 1) != 1:
+            return None, CUT
+        if not strips:
+            raise ValueError("TIFF of 16 bits in tiles of one channel: convert it to PNG")
+        # Uncompressed, Pillow takes each byte for a level. The strips are the channels' rows.
+        parts = [data[at : at + n] for at, n in zip(strips, tags[279], strict=True)]
+        levels = np.frombuffer(b"".join(parts), "<u2" if data[:2] == b"II" else ">u2")
+        shape = (len(image.getbands()), image.height, image.width)
+        return levels.reshape(shape).transpose(1, 2, 0).astype(np.int64), DIVIDED
+    twelve = image.tile[0].args[0] == "I;12"
+    levels, note = _raw(image, data)
+    if levels is not None and twelve:
+        levels = levels * 65535 // 4095
+    if levels is not None and levels.ndim == 2 and tags.get(262) == 0:  # 0 is white
+        levels = 65535 - levels
+    return levels, note
+
+
+def _ppm(image, data):
+    if image.mode == "I":  # which Pillow has scaled to 65535
+        return np.asarray(image).astype(np.int64), DIVIDED
+    codec, _, offset, arguments = image.tile[0]
+    highest = arguments[1] if codec.startswith("ppm") else 255
+    if image.mode != "RGB" or highest < 256:
+        return None, None
+    if codec == "ppm_plain":  # in decimal digits, which Pillow has rounded
+        return None, CUT
+    levels = np.frombuffer(data, ">u2", image.width * image.height * 3, offset).astype(np.int64)
+    levels = np.minimum((levels * 65535 + highest // 2) // highest, 65535)
+    return levels.reshape(image.height, image.width, 3), DIVIDED
+
+
+def _sgi(image, data):
+    if image.tile[0].codec_name == "SGI16":  # channel by channel, from the lowest row on
+        shape = (len(image.getbands()), image.height, image.width)
+        levels = np.frombuffer(data, ">u2", math.prod(shape), 512).reshape(shape)
+        levels = levels[:, ::-1].transpose(1, 2, 0).astype(np.int64)
+        return (levels if shape[0] > 1 else levels[..., 0]), DIVIDED
+    if image.tile[0].args[0] == "L;16B":  # of which there is no other order
+        return None, CUT
+    return _raw(image, data)
+
+
+def _jpeg_2000(image, data):
+    """Of colours Pillow rounds the levels to 8 bits, and the highest become 0: white is black."""
+    siz = data.index(b"\xff\x4f\xff\x51")  # where the codestream begins
+    (channels,) = struct.unpack_from(">H", data, siz + 40)
+    bits = max((depth & 127) + 1 for depth in data[siz + 42 : siz + 42 + 3 * channels : 3])
+    if bits <= 8:
+        return None, None
+    if not image.mode.startswith("I;16") or bits > 16:
+        raise ValueError(
+            f"JPEG 2000 has {bits} bits a channel, and is read up to 8, of grey 10 to 16 too: "
+            f"convert it to PNG"
+        )
+    levels = np.asarray(image).astype(np.int64) >> (16 - bits)  # which Pillow has shifted
+    return levels * 65535 // (2**bits - 1), DIVIDED
+
+
+def _avif(image, data):
+    at = data.find(b"av1C")  # version, profile, then tier and depth
+    return None, CUT if at >= 0 and data[at + 6] & 0x40 else None
+
+
+def _dds(image, data):
+    if getattr(image, "pixel_format", "").startswith("BC6H"):
+        raise ValueError("DDS of high dynamic range (BC6H): convert it to 8 or 16 bits a channel")
+    masks = image.tile[0].args[1] if image.tile[0].codec_name == "dds_rgb" else ()
+    return None, CUT if any(mask.bit_count() > 8 for mask in masks) else None
 
 
 def _of_levels(levels, image):

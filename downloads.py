@@ -56,9 +56,10 @@ def maybe_download(path, filename=None):
                 return filename
             raise UserError(f"{path} can't be fetched ({error}): download it by hand") from None
         _check_opens(path, name, partial)
+        unknown = os.path.isfile(filename) and not _address(filename)
         if not os.path.lexists(filename):
             os.replace(partial, filename)
-        elif os.path.isfile(filename) and filecmp.cmp(partial, filename, shallow=False):
+        elif unknown and filecmp.cmp(partial, filename, shallow=False):
             pass  # from before addresses were kept, or copied here
         else:
             if os.path.lexists(own_name) and not filecmp.cmp(partial, own_name, shallow=False):

@@ -31,6 +31,8 @@ REMEDIES = {
     "compressed by xz": "unpack it first (unxz)",
     "compressed by zstd": "unpack it first (unzstd)",
     "a tar archive": "unpack it first (tar xf)",
+    "zero bytes and nothing else": "fetch it anew: room for it was made, and it never came",
+    "a zip archive without its end": "fetch it anew: it broke off",
     "a 7z archive": "unpack it first",
     "a RAR archive": "unpack it first",
 }
@@ -61,6 +63,8 @@ def kind_of(head):
     for beginning, kind in BEGINNINGS:
         if head.startswith(beginning):
             return kind
+    if not head.strip(b"\0"):
+        return "zero bytes and nothing else"
     if head[257:262] == b"ustar":
         return "a tar archive"
     if head[8:10] == b'{"' and int.from_bytes(head[:8], "little") < 2**30:
@@ -89,7 +93,7 @@ def what_file(path):
         return kind, None
     try:
         with open(path, "rb") as file:
-            kind = kind_of(file.read(1024))
+            kind = kind_of(head := file.read(1024))
         if kind is None and zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
@@ -101,6 +105,8 @@ def what_file(path):
                 kind = "a TorchScript program"
             elif not any(name.endswith("data.pkl") for name in names):
                 kind = f"a zip archive of {', '.join(names[:3])}{', ...' * (len(names) > 3)}"
+        elif head.startswith(b"PK\3\4"):  # as files of torch.save do
+            kind = "a zip archive without its end"
         if kind is None and tarfile.is_tarfile(path):
             kind = "a tar archive"
     except (OSError, ValueError, zipfile.BadZipFile, NotImplementedError):

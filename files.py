@@ -8,6 +8,7 @@ import stat
 from pathlib import Path
 
 from errors import UserError
+from file_kinds import not_regular
 
 # What file systems answer that know no fsync of a folder: network drives, and some in user space.
 NO_SUCH_CALL = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EBADF}
@@ -54,6 +55,8 @@ def read_json(path, remedy="delete it to have it made anew"):
         UserError: for a file that is no JSON object.
     """
     try:
+        if special := not_regular(path):
+            raise ValueError(f"it is {special}")
         content = json.loads(Path(path).read_bytes())
         if not isinstance(content, dict):
             raise ValueError("no JSON object")

@@ -11,7 +11,6 @@ SOURCE) and not in that of the tar or the file system; .npz files follow one ano
 import interrupts  # noqa: F401  the first: a Ctrl-C while the others are imported is one line
 
 # isort: split
-import argparse
 import math
 import tarfile
 import zipfile
@@ -28,7 +27,8 @@ from endings import run_command
 from errors import UserError, one_line
 from file_kinds import not_regular, what_file
 from image_files import describe_left_out, list_images, write_npy
-from options import colour
+from options import OneLineParser, colour
+from options import path as path_type
 
 # Counts that betray the data set most easily taken for the small ImageNet of 2016.
 BOX_FILTERED_COUNTS = (1_281_167, 50_000)
@@ -213,15 +213,19 @@ def _npz_images(paths):
 
 
 def main():
-    parser = argparse.ArgumentParser(
+    parser = OneLineParser(
+        prog="files_to_npy.py",
         description="Turn a folder of images, a plain tar of them, or the .npz files of the "
         "box-filtered ImageNet into one .npy file: uint8 (n, H, W, 3), in the order of their "
-        "names. All images become RGB of 8 bits."
+        "names. All images become RGB of 8 bits.",
     )
     parser.add_argument(
-        "source", nargs="+", help="a folder, searched to any depth, an uncompressed tar, or .npz's"
+        "source",
+        type=path_type,
+        nargs="+",
+        help="a folder, searched to any depth, an uncompressed tar, or .npz's",
     )
-    parser.add_argument("out", help="the .npy file to write")
+    parser.add_argument("out", type=path_type, help="the .npy file to write")
     parser.add_argument("--expect", type=int, metavar="N", help="fail unless there are N images")
     parser.add_argument("--side", type=int, metavar="S", help="fail unless they are S x S pixels")
     parser.add_argument("--background", type=colour, default="white", metavar="COLOUR",

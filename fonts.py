@@ -23,18 +23,21 @@ def base_path():
 @functools.cache
 def _letters(path):
     """The code points that a font file has glyphs for."""
-    from matplotlib.ft2font import FT2Font  # slow to import
-
     try:
+        from matplotlib.ft2font import FT2Font  # slow to import
+
         return frozenset(FT2Font(path).get_charmap())
-    except Exception:  # a damaged or odd font raises nearly anything
+    except Exception:  # a damaged or odd font, or matplotlib, raises nearly anything
         return frozenset()
 
 
 @functools.cache
 def _installed():
     """Paths of the system's fonts, those first that go well with DejaVu Sans."""
-    from matplotlib import font_manager  # slow to import
+    try:
+        from matplotlib import font_manager  # slow to import
+    except Exception:  # as above
+        return []
 
     def rank(path):
         name = Path(path).name.lower()

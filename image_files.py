@@ -127,11 +127,13 @@ def describe_left_out(left_out):
 def image_paths(paths):
     """The image files that paths name: themselves, or of a folder all below it, sorted by name.
 
+    A path may begin with `~`, which a shell leaves as it is in quotes.
+
     Raises:
         UserError: for a folder without any, or as list_images.
     """
     found = []
-    for path in paths:
+    for path in map(os.path.expanduser, paths):
         if not os.path.isdir(path):
             found.append(path)
             continue
@@ -157,6 +159,8 @@ class NpyImages:
 
     def __init__(self, path):
         self.path = path
+        if (special := not_regular(path)) not in (None, "a folder"):  # which could wait for ever
+            raise ValueError(f"it is {special}")
         array = np.lib.format.open_memmap(path, mode="r")  # which checks the header and the size
         self.shape, self.offset = array.shape, array.offset
         self.kind = f"{array.dtype} {array.shape}{'' if array.flags.c_contiguous else ' (Fortran)'}"

@@ -10,6 +10,7 @@ import numpy as np
 from tqdm import tqdm
 
 from errors import one_line
+from launchers import world
 
 
 def open_outputs():
@@ -80,6 +81,19 @@ def flush_log():
     lines, _buffer = _buffer or [], None
     for path, line in lines:
         _append(path, line)
+
+
+def print_and_log(log_prefix, text):
+    """A line of a run's start from rank 0's code that has no logger: as one of utils.logger.
+
+    log_prefix: H.logdir; where no run has written or buffers lines there, it is printed alone.
+    """
+    if world().rank:
+        return
+    if log_prefix and (is_buffered() or os.path.exists(f"{log_prefix}.jsonl")):
+        log_event(log_prefix, [text], False, {})
+    else:
+        print_line(one_line(text))
 
 
 def _append(path, line):

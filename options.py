@@ -209,7 +209,7 @@ IDLE = frozenset(
 )
 # What other programs call an option.
 SYNONYMS = {
-    "lr": "learning_rate learningrate base_lr alpha step_size",
+    "lr": "learning_rate learningrate lr_rate base_lr alpha step_size",
     "n_batch": "batch_size batch batchsize bs train_batch_size mini_batch_size",
     "num_epochs": "epochs n_epochs max_epochs num_train_epochs train_epochs",
     "wd": "weight_decay l2",

@@ -13,13 +13,12 @@ import numpy as np
 
 from batches import Images, of_channels
 from decoding import rgb_of
-from errors import UserError, one_line
-from file_kinds import not_regular, what_file
+from errors import UserError
+from file_kinds import what_file
 from files import read_json, write_json
 from image_files import ImageArray, NpyImages, list_images, open_npy
 from label_files import labels_digest, labels_of_array, labels_of_files, numbers_of
-from launchers import world
-from logs import print_line
+from logs import print_and_log
 from options import DEFAULTS, setting
 from packing import Packing, cached, names_in_packing, packed_images, state_of
 from safetensors_files import metadata_of
@@ -37,13 +36,13 @@ def open_own(H, how):
             is skip; and for a missing or wrong --image_size.
     """
     given = H.given_options  # None where a program has made H
-    if given is not None and "data_root" not in given and H.data_root == DEFAULTS["data_root"]:
+    unsaid = given is not None and "data_root" not in given
+    # "" is mostly a shell's variable that is not set.
+    if H.data_root == "" or unsaid and H.data_root == DEFAULTS["data_root"]:
         raise UserError("own images need --data_root: name a folder of them, or an .npy file")
     root, channels = Path(H.data_root), how.channels
     if root.suffix == ".npy" and not root.is_dir():
         try:
-            if special := not_regular(root):  # which could wait for ever
-                raise ValueError(f"it is {special}")
             found = NpyImages(root).shape
         except (OSError, ValueError) as error:
             kind, remedy = what_file(root)
@@ -72,8 +71,7 @@ def open_own(H, how):
         )
         if setting(H, "bad_images") != "skip":
             raise UserError(f"{problem}: repair or remove them, or add --bad_images skip")
-        if world().rank == 0:
-            print(one_line(f"going on although {problem}"), flush=True)
+        print_and_log(H.logdir, f"going on although {problem}")
     return array, facts
 
 
@@ -180,7 +178,9 @@ def _packing_for(H, record, path, own):
     if not record or not root.is_dir():
         return asked
     known = Packing(*record.get("packing", (1, None)))._replace(channels=asked.channels)
-    if asked not in (known, Packing(channels=asked.channels)):  # another background is asked for
+    # Another background is asked for, even if it is the default by name.
+    named = "background" in (H.given_options or ())
+    if asked != known and (named or asked != Packing(channels=asked.channels)):
         if own:
             raise UserError(
                 f"--background {H.background}: {path} tells of images packed otherwise "
@@ -194,8 +194,8 @@ def _packing_for(H, record, path, own):
         )
         if not (set(files) <= set(names) if files else record["n_images"] == len(names)):
             return asked
-    if known != asked and world().rank == 0:
-        print(one_line(f"images are taken as {path} knows them: {known}"), flush=True)
+    if known != asked:
+        print_and_log(H.logdir, f"images are taken as {path} knows them: {known}")
     return known
 
 
@@ -228,13 +228,12 @@ def _grown(H, base, path, array, facts):
     for key, part in zip(("valid", "test"), parts, strict=True):
         record[key] = [number[old[i]] for i in base[key]] + [number[new[i]] for i in part]
     record["grown_from"] = base.get("grown_from", base["sha256"])
-    if world().rank == 0:
-        sizes = [len(part) for part in parts]
-        print(
-            f"{len(new):,} images are new: {len(new) - sum(sizes):,} to train on, {sizes[0]:,} to "
-            f"validate, {sizes[1]:,} to test; the {len(old):,} others stay where they are",
-            flush=True,
-        )
+    sizes = [len(part) for part in parts]
+    print_and_log(
+        H.logdir,
+        f"{len(new):,} images are new: {len(new) - sum(sizes):,} to train on, {sizes[0]:,} to "
+        f"validate, {sizes[1]:,} to test; the {len(old):,} others stay where they are",
+    )
     return record
 
 
@@ -263,7 +262,7 @@ def _label(H, record, own, own_path, grown):
         if not H.test_eval or "labels" in (H.given_options or ("labels",)):
             raise
         # The weights' run had labels; these images need none.
-        print_line(one_line(f"evaluated without labels: {error}"))
+        print_and_log(H.logdir, f"evaluated without labels: {error}")
         return None
     H.label_names, numbers = numbers_of(found, how, H.label_names)
     H.n_labels = len(H.label_names)
@@ -277,21 +276,19 @@ def _label(H, record, own, own_path, grown):
             )
     record |= {"label_names": H.label_names, "labels": digest}
     without = numbers.count(-1)
-    if without and world().rank == 0:
-        print(f"{without:,} of {len(numbers):,} images have no label", flush=True)
+    if without:
+        print_and_log(H.logdir, f"{without:,} of {len(numbers):,} images have no label")
     return numbers
 
 
-def _warn_of_leak(base, path):
+def _warn_of_leak(H, base, path):
     """Says that images of the weights' training may be in another part of a new split."""
-    if base.get("files") and world().rank == 0:
-        print(
-            one_line(
-                f"all {base['n_images']:,} images that {path} tells of are among these, yet the "
-                f"split is a new one: what the weights were trained on may be tested; --grow keeps "
-                f"their split"
-            ),
-            flush=True,
+    if base.get("files"):
+        print_and_log(
+            H.logdir,
+            f"all {base['n_images']:,} images that {path} tells of are among these, yet the split "
+            f"is a new one: what the weights were trained on may be tested; --grow keeps their "
+            f"split",
         )
 
 
@@ -377,16 +374,14 @@ def load_images(H):
         same = base["sha256"] == record["sha256"]
         record |= base if same else {key: base[key] for key in ("mean", "std")}
         if not (same or own or grows) and {*base.get("files", ())} <= {*facts.get("files", ())}:
-            _warn_of_leak(base, base_path)
+            _warn_of_leak(H, base, base_path)
     weights = H.restore_ema_path or H.restore_path
     told = base and (base["sha256"] == record["sha256"] or base.get("files"))
-    if H.test_eval and weights and not told and world().rank == 0:
-        print(
-            one_line(
-                f"nothing tells which images {weights} was trained on: the split is a new one, and "
-                f"what was trained on may be tested"
-            ),
-            flush=True,
+    if H.test_eval and weights and not told:
+        print_and_log(
+            H.logdir,
+            f"nothing tells which images {weights} was trained on: the split is a new one, and "
+            f"what was trained on may be tested",
         )
     source = str(base_path) if base else f"measured on the training images of {H.data_root}"
     if H.normalisation:

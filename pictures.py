@@ -97,7 +97,9 @@ def _legible(draw):
 
     @functools.wraps(draw)
     def drawn(path, *args, **more):
-        import matplotlib  # slow to import
+        with needing("matplotlib", f"the picture {path}"):
+            import matplotlib  # slow to import
+            from matplotlib.figure import Figure  # noqa: F401  which may fail where it does not
 
         args = [
             one_line(arg)
@@ -125,8 +127,7 @@ def draw_rates(path, resolutions, rates, title, active=None):
         rates: that of each layer, in nats per dimension.
         active: (latent channels in use, latent channels) of each layer, drawn below it.
     """
-    with needing("matplotlib", "a picture of rates"):
-        from matplotlib.figure import Figure  # slow to import
+    from matplotlib.figure import Figure
 
     bits = nats_to_bits(np.asarray(rates))
     names = sorted(set(resolutions))
@@ -180,8 +181,14 @@ def draw_curves(path, runs):
             also weights_bits_per_dim, NaN where the weights themselves were not evaluated, and
             labels, a word: whether the evaluations were told labels ("": there are none).
     """
-    with needing("matplotlib", "a picture of curves"):
-        from matplotlib.figure import Figure  # slow to import
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogFormatter
+
+    class Plain(LogFormatter):
+        """The ticks that a logarithmic axis names, as numbers."""
+
+        def __call__(self, value, position=None):
+            return f"{value:.3g}" if super().__call__(value, position) else ""
 
     figure = Figure(figsize=(12, 8), layout="constrained")
     (by_step, by_time), (norms, skips) = figure.subplots(2, 2)
@@ -215,6 +222,9 @@ def draw_curves(path, runs):
         dots = "dots: validation of the EMA" if with_weights else "dots: validation"
         axes.set_ylabel(f"bits/dim (line: training, {dots}{crosses})")
     norms.set(ylabel="gradient norm, largest per log line", yscale="log")
+    # Texts stand as they are (chart_style), so this axis's may be no formulas: 100, not $10^2$.
+    norms.yaxis.set_major_formatter(Plain())
+    norms.yaxis.set_minor_formatter(Plain(minor_thresholds=(1, 0.4)))
     skips.set(ylabel="skipped updates, share of the steps")
     top = max(np.nanmax(train["skip_rate"]) for train, _ in runs.values())
     skips.set_ylim(0, max(0.05, 1.1 * top))

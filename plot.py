@@ -106,6 +106,8 @@ def main():
         runs[run.rstrip("/")] = read_log(path)
     try:
         draw_curves(args.out, runs)
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
         raise UserError(f"--out {args.out} can't be written ({error}): name a .png") from None
     print(one_line(f"{args.out}: {', '.join(runs)}"))

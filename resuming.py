@@ -186,8 +186,14 @@ def refuse_half_a_checkpoint(folder):
     """Holds a folder without a checkpoint against what half a copy of one leaves.
 
     Raises:
-        UserError: for files of `latest` or iter-N without the state.json or the weights beside.
+        UserError: for files of `latest` or iter-N without the state.json or the weights beside, or
+            a best-model-ema.th without its own, which is of no run that was here.
     """
+    if Path(folder, "best-model-ema.th").exists() and not Path(folder, "best-state.json").exists():
+        raise UserError(
+            f"--resume: {folder} holds best-model-ema.th without best-state.json, which a new run "
+            f"would replace, and nothing to go on from: move it away, or name another --desc"
+        )
     complete = complete_checkpoints(folder, r"latest|iter-\d+")
     stems = {f"{path}{os.sep}" for _, _, path in complete}
     for path in Path(folder).glob("*.th"):

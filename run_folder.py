@@ -25,9 +25,10 @@ def name_save_dirs(H):
 
 def not_written(path, error, done="written"):
     """The UserError for an OSError at a path in the run's folder."""
+    reason = error.strerror or error  # as of a stream that can't be sought
     return UserError(
-        f"{path} can't be {done} ({error.strerror}): {remedy_of(error)}, or choose another folder "
-        f"with --save_dir or --desc"
+        f"{path} can't be {done} ({reason}): {remedy_of(error)}, or choose another folder with "
+        f"--save_dir or --desc"
     )
 
 

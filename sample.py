@@ -181,7 +181,8 @@ def make_parser():
     add_layer_options(sub, "take")
     add_label_options(sub, decodes=False)
     sub = command("decode", decode, "the .npz of encode or embed back to images")
-    sub.add_argument("latents", help=".npz of encode or embed; layers that it lacks are sampled")
+    sub.add_argument("latents", type=options.path,
+                     help=".npz of encode or embed; layers that it lacks are sampled")  # fmt: skip
     add_keep_options(sub, temperature=0.1)
     add_label_options(sub, encodes=False)
     sub = command("score", score, "what images cost, in bits: a table, a row an image")

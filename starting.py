@@ -5,10 +5,11 @@ import os
 import numpy as np
 import torch.distributed as dist
 
-from errors import UserError, one_line
+from errors import UserError
 from image_sets import CHANNELS, IMAGE_SETS, set_labels
 from labels import labels_of
 from launchers import world
+from logs import print_and_log
 from options import OPTIONS, setting
 from presets import facts_of_shapes, shapes_of
 from records import normalisation_of, state_beside
@@ -161,14 +162,9 @@ def _take_record(H, state, old):
     if "labels" in H.given_options and H.dataset != "images":
         H.label_names = set_labels(H.dataset, H.labels)
         H.n_labels = len(H.label_names)
-    if changed and world().rank == 0:
-        print(
-            one_line(
-                f"the network is the one of {state}, not today's preset: "
-                + ", ".join(f"{name} {H[name]}" for name in changed)
-            ),
-            flush=True,
-        )
+    if changed:
+        values = ", ".join(f"{name} {H[name]}" for name in changed)
+        print_and_log(H.logdir, f"the network is the one of {state}, not today's preset: {values}")
     if setting(H, "test_eval"):
         H.label_dropout = old.get("label_dropout", 1.0)
         H.label_counts = old.get("label_counts")

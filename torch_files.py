@@ -35,6 +35,8 @@ def read_torch_file(path):
         kind, known = what_file(path)
         if kind:
             reason, remedy = f"it is {kind}", known or "name a model.th or model-ema.th"
+        elif "unsupported operand" in str(error).lower():  # whose bytes are read as if they were
+            reason, remedy = "it is none that torch.save wrote", "name a model.th or model-ema.th"
         elif "weights_only" in str(error).lower().replace(" ", "_"):
             # "Unsupported global: GLOBAL argparse.Namespace was not an allowed global by default"
             name = re.search(r"GLOBAL ([\w.]+)|<class '([\w.]+)'", str(error))
@@ -81,7 +83,7 @@ def what_content(content):
                 f"a dict of {', '.join(map(str, list(content)[:4]))}",
                 f"save what is under {key!r} in it alone, with torch.save",
             )
-    return f"{type(content).__name__} without tensors alone", "name a model.th or model-ema.th"
+    return f"a {type(content).__name__} without tensors", "name a model.th or model-ema.th"
 
 
 def contiguous(content):

@@ -262,6 +262,11 @@ def load_opt(H, vae, logprint):
             H.restore_log_path, H.local_rank, H.mpi_size
         )
         logprint(f"continuing from step {iterate}, epoch {starting_epoch}")
+    if (H.restore_optimizer_path or H.restore_log_path) and not any(starting_paths(H)):
+        logprint(
+            "WARNING: the weights are random: what is restored is of a training whose weights no "
+            "option names (--restore_path)"
+        )
     if H.resumed:
         iterate, starting_epoch = H.resumed["step"], H.resumed["epoch"]
     # A skipped update is no mistake in the order of calls.

@@ -1,5 +1,7 @@
+import random
 import signal
 
+import numpy as np
 import pytest
 import torch
 from fakes import write_sample_folder
@@ -17,6 +19,14 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 def _one_thread():
     """The figures were measured on one thread, and several test processes share the machine."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _seeds():
+    """What a test draws of a global generator is the same, whichever tests come before it."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True)

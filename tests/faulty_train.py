@@ -22,13 +22,15 @@ class Fault:
     """Wraps train.training_step: on `rank`, step `step` and every second after it meet a fault.
 
     late: the half of it that launches the step, of a run that reads its statistics late.
+    limit_s: the --timeout of all ranks from the first fault on; a slow save before it is none.
     """
 
-    def __init__(self, kinds, rank, step, late=False):
-        self.rank, self.late = int(rank), late
+    def __init__(self, kinds, rank, step, late=False, limit_s=None):
+        self.rank, self.late, self.limit_s = int(rank), late, limit_s
         self.kinds = {int(step) + 2 * i: kind for i, kind in enumerate(kinds.split(","))}
 
     def __call__(self):
+        import endings
         import steps
         import train
 
@@ -40,6 +42,8 @@ class Fault:
             kind = self.kinds.get(next(calls))
             if "FIRST_ATTEMPT_ALONE" in os.environ:
                 kind = kind if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" else None
+            if kind and self.limit_s:
+                endings._watch.timeout = self.limit_s
             if kind and train.world().rank == self.rank:
                 hooks = self.strike(kind, x, target, vae)
             stats = step()

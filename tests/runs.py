@@ -88,7 +88,7 @@ class Run:
                 stack.callback(os.environ.pop, "OMP_NUM_THREADS")
             self.process.start()
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=600):
         """(exit status, what it printed); a process killed by signal n has status -n."""
         self.process.join(timeout)
         assert self.process.exitcode is not None, self.output.read_text()[-2000:]
@@ -186,7 +186,7 @@ def run_until(argv, env, cwd, text, end=signal.SIGINT):
         raise AssertionError("".join(lines))
     process.send_signal(end)
     try:
-        process.communicate(timeout=30)
+        process.communicate(timeout=300)
     except subprocess.TimeoutExpired:
         process.kill()
         process.communicate()
@@ -211,7 +211,7 @@ def launch(launcher, n, args, cwd, port):
             )
             for i in range(n)
         ]
-        outputs = [task.communicate(timeout=120) for task in tasks]
+        outputs = [task.communicate(timeout=600) for task in tasks]
         return [
             subprocess.CompletedProcess(script, task.returncode, *output)
             for task, output in zip(tasks, outputs, strict=True)
@@ -221,7 +221,7 @@ def launch(launcher, n, args, cwd, port):
     else:
         command = [BIN / "torchrun", f"--nproc_per_node={n}", f"--master_port={port}", *script]
     done = subprocess.run(
-        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=120
+        command, cwd=cwd, env=environment(), capture_output=True, text=True, timeout=600
     )
     return [done]
 

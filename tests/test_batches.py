@@ -88,7 +88,7 @@ for batch in make_loader(Hyperparams(device="cpu", num_workers=1), images, batch
     done = subprocess.run(
         [sys.executable, "-i", "-c", program, tmp_path / "mine.npy"],  # -i keeps the traceback
         env=environment() | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.DEVNULL,
-        capture_output=True, text=True, timeout=60,
+        capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert "KeyError" in done.stderr
 
@@ -172,5 +172,5 @@ import multiprocessing
 print(multiprocessing.active_children())
 """
     done = subprocess.run([sys.executable, "-c", program], env=environment(PYTHONPATH=str(ROOT)),
-                          capture_output=True, text=True, timeout=60)  # fmt: skip
+                          capture_output=True, text=True, timeout=600)  # fmt: skip
     assert (done.returncode, done.stdout) == (0, "a bad image\n[]\n"), done.stderr

@@ -80,7 +80,7 @@ def test_memory_and_start_do_not_grow_with_the_file():
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=120,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     figures = json.loads(done.stdout)

@@ -52,7 +52,7 @@ def test_the_job_goes_on_by_itself(tmp_path):
 
     def job(**more):
         return subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env | more, text=True,
-                              capture_output=True, timeout=120)  # fmt: skip
+                              capture_output=True, timeout=600)  # fmt: skip
 
     done = job(LIMIT="1", MORE="--num_epochs 100000")
     assert done.returncode == 128 + signal.SIGUSR1, done.stderr[-2000:]

@@ -271,7 +271,7 @@ def test_options_complete_by_tab(line, options, tmp_path):
     asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "IFS": " "}
     asked |= {"_ARGCOMPLETE_IFS": " ", "_ARGCOMPLETE_STDOUT_FILENAME": str(answer)}
     argv = [sys.executable, ROOT / line.split()[0]]
-    subprocess.run(argv, env=environment(**asked), cwd=tmp_path, timeout=60)
+    subprocess.run(argv, env=environment(**asked), cwd=tmp_path, timeout=600)
     assert answer.read_text().split() == options
 
 

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import threading
-import time
 
 import pytest
 import torch
@@ -28,6 +27,7 @@ def value_in(path):
 FILES = {
     "/runA/latest-model-ema.th": th(1),
     "/runB/latest-model-ema.th": th(2),
+    "/mirror/latest-model-ema.th": th(1),  # the same file elsewhere
     "/page.th": b"<html>log in</html>",
     "/lfs.th": b"version https://git-lfs.github.com/spec/v1\n",
     "/page.jsonl": b"<!doctype html>",
@@ -75,7 +75,9 @@ def test_two_addresses_with_one_last_part(server):
     assert other.endswith("-latest-model-ema.th")
     assert (value_in("latest-model-ema.th"), value_in(other)) == (1, 2)
     assert maybe_download(a) == "latest-model-ema.th" and maybe_download(b) == other
-    assert len(server.asked) == 2  # each was fetched once
+    third = maybe_download(server.url + "/mirror/latest-model-ema.th")
+    assert value_in(third) == 1 and maybe_download(a) == "latest-model-ema.th"
+    assert len(server.asked) == 3  # each was fetched once
     with open(other, "wb") as file:
         file.write(th(9))  # somebody's own, by now
     with pytest.raises(UserError, match="move it away"):
@@ -141,7 +143,6 @@ def test_an_address_that_a_script_has_fetched(server):
 
 
 def test_a_place_that_cannot_be_written(server, monkeypatch):
-    started = time.monotonic()
     with pytest.raises(UserError, match="can't be written .No such file"):
         maybe_download(f"{server.url}/runA/latest-model-ema.th", "absent/m.th")
-    assert time.monotonic() - started < 10
+    assert server.asked == ["/runA/latest-model-ema.th"]  # once: no later attempt would do better

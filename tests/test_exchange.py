@@ -39,7 +39,7 @@ def in_a_process(*argv):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=120,
+        timeout=600,
     )
     assert process.returncode == 0, f"{' '.join(map(str, argv))}:\n{process.stdout[-4000:]}"
 
@@ -332,7 +332,7 @@ def train_main(argv, expected, error=None):
         target=_train_main, args=([str(word) for word in argv], expected, error)
     )
     process.start()
-    process.join(60)
+    process.join(600)
     process.kill()  # if it hangs
     assert process.exitcode == 0, f"train.py {' '.join(map(str, argv))}: see above"
 

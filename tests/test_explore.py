@@ -411,10 +411,10 @@ def test_no_other_host_is_asked(page, proxy, uploads):
 
 
 def test_a_request_stops_between_layers_and_the_next_is_served(page):
-    start = time.monotonic()
+    start = page.seconds()
     page.ask("samples", Pictures=64)
-    whole = time.monotonic() - start
-    start = time.monotonic()
+    whole = page.seconds() - start
+    start = page.seconds()
     session, event = page.begin("samples", {"Pictures": 64, "Seed": 1})
     progress = []
     for message in page.messages(session):
@@ -424,7 +424,7 @@ def test_a_request_stops_between_layers_and_the_next_is_served(page):
         if message["msg"] == "process_completed":
             break
     data, _ = page.ask("samples", Pictures=1, Seed=1)
-    assert len(data) == 1 and time.monotonic() - start < 0.75 * whole
+    assert len(data) == 1 and page.seconds() - start < 0.75 * whole
     assert progress[0]["length"] == 64 * LAYERS and progress[0]["unit"] == "layers"
     assert 0 <= progress[0]["index"] < 64 * LAYERS
     assert "Traceback" not in page.errors.read_text()

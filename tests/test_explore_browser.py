@@ -45,7 +45,7 @@ def page(request, explorer, browser):
     """The page at a width, open; at the end there were no errors, no request to another host."""
     context = browser.new_context(viewport={"width": request.param, "height": 800})
     page, wrong = context.new_page(), []
-    page.set_default_timeout(9_000)
+    page.set_default_timeout(90_000)
     page.on("console", lambda m: m.type == "error" and wrong.append(m.text))
     page.on("pageerror", lambda error: wrong.append(str(error)))
     page.on("requestfailed", lambda r: r.failure != "net::ERR_ABORTED" and wrong.append(r.url))

@@ -44,7 +44,7 @@ def run(library, preset, precision, tasks=TASKS):
     program = ROOT / "tests" / "fake_cuda.py"
     done = subprocess.run(
         [sys.executable, program, library, preset, precision, *tasks],
-        env=ENV, capture_output=True, text=True, timeout=170,
+        env=ENV, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     ready, *rows = done.stdout.splitlines() or [None]
     if not ready:

@@ -4,6 +4,7 @@ import gzip
 import io
 import json
 import os
+import pickle
 import socket
 import tarfile
 import zipfile
@@ -14,10 +15,13 @@ import torch
 from fakes import noise, own_H, tiny_network
 from PIL import Image
 
-from data import set_up_data
+from checkpoints import holds_run
+from data import read_cifar10_batch, set_up_data
 from errors import UserError
 from file_kinds import kind_of, not_regular, what_file
+from files import read_json
 from hps import get_hparams
+from image_files import open_npy
 from optimizers import restore_optimizer
 from torch_files import read_torch_file
 from vae import VAE
@@ -73,6 +77,8 @@ KINDS = {
     "empty": (b"", "empty", "name a model.th"),
     "npz": (npz(), "an .npz file", "name a model.th"),
     "zip": (zip_of(a__txt="x", b__txt="y"), "a zip archive of a.txt, b.txt", "name a model.th"),
+    "zeros": (bytes(2000), "zero bytes and nothing else", "fetch it anew"),
+    "cut": (zip_of(a__pkl=bytes(99))[:-30], "a zip archive without its end", "fetch it anew"),
     "hdf": (b"\x89HDF\r\n\x1a\n" + bytes(99), "an HDF5 file", "name a"),
 }
 
@@ -127,6 +133,15 @@ def test_classes_are_named(tmp_path):
         read_weights(tmp_path / "m.th")
 
 
+def test_foreign_bytes_are_not_called_objects(tmp_path):
+    """As of ONNX, of another pickle protocol, of MessagePack: nothing in them could run."""
+    for content in (b"\x08\x07\x12\x07pytorch", pickle.dumps({"a": 1}), b"\x83\xa6params\x80"):
+        path = written(tmp_path / "m.th", content + bytes(99))
+        with pytest.raises(UserError, match="it is none that torch.save wrote") as error:
+            read_torch_file(path)
+        assert "run code" not in str(error.value)
+
+
 def test_what_stands_in_for_a_file_is_not_opened(tmp_path, monkeypatch):
     os.mkfifo(tmp_path / "m.th")
     monkeypatch.chdir(tmp_path)
@@ -137,8 +152,17 @@ def test_what_stands_in_for_a_file_is_not_opened(tmp_path, monkeypatch):
             with pytest.raises(UserError, match=f"{path} is {kind}"):
                 read_torch_file(path)
     os.mkfifo(tmp_path / "a.npy")
-    with pytest.raises(UserError, match="it is a FIFO"):
-        set_up_data(own_H(tmp_path / "a.npy", 8))
+    os.mkfifo(tmp_path / "images.json")
+    os.mkfifo(tmp_path / "log.jsonl")
+    for open_it in (
+        lambda: set_up_data(own_H(tmp_path / "a.npy", 8)),
+        lambda: open_npy(tmp_path / "a.npy", (9, 8, 8, 3), "name another"),
+        lambda: read_cifar10_batch(tmp_path / "a.npy"),
+        lambda: read_json(tmp_path / "images.json"),
+    ):
+        with pytest.raises(UserError, match="it is a FIFO"):
+            open_it()
+    assert not holds_run(tmp_path)  # what its log.jsonl is, is said when it is to be written
     written(tmp_path / "b.npy", LFS)
     with pytest.raises(UserError, match="git lfs pull"):
         set_up_data(own_H(tmp_path / "b.npy", 8))

@@ -284,31 +284,35 @@ def test_an_out_that_cannot_be_written_is_refused(tmp_path):
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_after_a_kill_the_next_run_starts_cleanly(tmp_path, how):
     source, out = write_folder(tmp_path / "source", FILES), tmp_path / "out.npy"
-    part = tmp_path / "out.npy.part"
+    part, waiting = tmp_path / "out.npy.part", tmp_path / "waiting"
     (source / "z.png").write_bytes(FILES["a.png"])
     # The conversion waits for ever at its sixth image.
     code = (
-        "import sys, time, files_to_npy\n"
+        "import pathlib, sys, time, files_to_npy\n"
+        "waiting = pathlib.Path(sys.argv.pop())\n"
         "decode, seen = files_to_npy.decode_noting, []\n"
         "def wait(*args):\n"
         "    seen.append(1)\n"
-        "    return decode(*args) if len(seen) < 6 else time.sleep(60)\n"
+        "    if len(seen) == 6:\n"
+        "        waiting.touch()\n"
+        "        time.sleep(1000)\n"
+        "    return decode(*args)\n"
         "files_to_npy.decode_noting = wait\n"
         "files_to_npy.run_command(files_to_npy.main)\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", code, source, out],
+        [sys.executable, "-c", code, source, out, waiting],
         env=ENV,
         stderr=subprocess.DEVNULL,
         # A shell's background job, such as these tests may be, is started with SIGINT ignored.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    deadline = time.monotonic() + 30
-    while not part.exists() and time.monotonic() < deadline:
+    deadline = time.monotonic() + 300
+    while not waiting.exists():
+        assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.01)
-    time.sleep(0.2)  # five small images
     process.send_signal(how)
-    assert process.wait(30) == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[how]
+    assert process.wait(300) == {signal.SIGKILL: -signal.SIGKILL, signal.SIGINT: 130}[how]
     assert not out.exists()
     assert part.exists() == (how == signal.SIGKILL)  # which nobody can tidy up after
 

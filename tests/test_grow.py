@@ -244,6 +244,8 @@ def test_a_background_belongs_to_the_run(tmp_path):
     assert (open_all(own_H(root, 8))[0].array[np.arange(30)] != array).any()
     H.background = "red"
     assert_refused(lambda: set_up_data(H), "--background red", "#000080", "--desc")
+    H.background, H.given_options = "white", ["background", "data_root"]  # the default by name
+    assert_refused(lambda: set_up_data(H), "--background white", "#000080", "--desc")
 
 
 # ---- a run -----------------------------------------------------------------------------------

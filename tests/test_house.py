@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 
 # A room may import from those before it; so there is no circle.
 ORDER = (
-    "interrupts errors files file_kinds file_systems resources image_sets options launchers "
+    "interrupts errors file_kinds files file_systems resources image_sets options launchers "
     "processes turns logs endings noise temperatures precision fused recomputing compiling labels "
     "likelihood bounds embeddings block_strings hps torch_files safetensors_files downloads "
     "utils vae_helpers vae presets decoding image_files batches label_files packing "

@@ -48,7 +48,7 @@ def job(argv, folder, environments):
 
 
 def wait_until_saved(folder, runs):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 6000
     while not check_latest(folder / "test"):
         assert time.monotonic() < deadline and all(r.process.exitcode is None for r in runs), (
             folder / "out0"
@@ -214,7 +214,7 @@ def test_a_second_job_on_the_port_of_the_first_ends_alone(kind, tmp_path, monkey
         assert ("is taken" if rank == 0 else "is that of another job") in line
     assert not (tmp_path / "second" / "test").exists()
     saved = check_latest(tmp_path / "first" / "test")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while check_latest(tmp_path / "first" / "test") == saved:  # it goes on
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -241,7 +241,7 @@ def test_a_rank_that_does_not_come(missing, tmp_path):
     began = time.monotonic()
     status, text = run.wait()
     [line] = [line for line in text.splitlines() if "error" in line]
-    assert status == 2 and "within 3 s" in line and time.monotonic() - began < 40, text
+    assert status == 2 and "within 3 s" in line and time.monotonic() - began < 200, text
     assert missing == 0 or "no sign of rank 1" in line
 
 
@@ -253,7 +253,7 @@ def test_a_host_that_can_not_be_resolved(tmp_path):
     for run in runs:
         status, text = run.wait()
         assert status == 2 and sum("error" in line for line in text.splitlines()) == 1, text
-    assert time.monotonic() - began < 40
+    assert time.monotonic() - began < 200
 
 
 @pytest.mark.slow
@@ -266,7 +266,7 @@ def test_jobs_of_all_launchers_side_by_side(tmp_path):
         argv = [*SHORT, "--num_epochs", "20", "--timeout", "60", "--save_dir", tmp_path / str(i)]
         launched.append(command(argv, words))
     for process in launched:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
         assert process.returncode == 0, output[-3000:]
 
 
@@ -285,11 +285,12 @@ def elastic(form, kind, folder):
     words = [str(free_port()) if w == "PORT" else w for w in ELASTIC[form]]
     words = [BIN / "torchrun", "--nproc_per_node", "2", "--max-restarts", "2", *words]
     argv = [*SMALL, "--n_batch", "50", "--num_epochs", "2", "--iters_per_save", "4", "--resume",
-            "--timeout", "6", "--save_dir", folder]  # fmt: skip
+            "--save_dir", folder]  # fmt: skip
+    argv += ["--timeout", "6"] if kind in ("stop", "hang") else []
     script = [ROOT / "tests" / "faulty_train.py", kind or "none", "1", "6"]
     done = subprocess.run(
         [*words, *script, *argv], cwd=ROOT, env=ENV | {"FIRST_ATTEMPT_ALONE": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600,
     )  # fmt: skip
     return done.returncode, done.stdout
 

@@ -10,6 +10,7 @@ from fakes import assert_refused, images_of, noise, open_all, own_H
 from PIL import Image
 from runs import Run, log_of
 
+import logs
 from data import set_up_data
 from label_files import labels_of_files, sorted_names
 from own_images import keep_image_record
@@ -49,9 +50,13 @@ def label_of_name(H):
     return found
 
 
-def test_folders(photos, capsys):
-    H = own_H(photos, 8, labels="folders")
+def test_folders(photos, capsys, tmp_path):
+    H, log = own_H(photos, 8, tmp_path / "run", labels="folders"), tmp_path / "run" / "log.txt"
+    logs.buffer_log()  # as train.py does
     found = label_of_name(H)
+    assert "have no label" not in capsys.readouterr().out and not log.exists()
+    logs.flush_log()
+    assert "8 of 40 images have no label" in log.read_text()
     assert H.label_names == ["cat", "dog"] and H.n_labels == 2
     assert all(label == {"c": 0, "d": 1}.get(name[0], -1) for name, label in found.items())
     assert len(found) == 40 and "8 of 40 images have no label" in capsys.readouterr().out

@@ -34,7 +34,7 @@ def whole(finished):
 def test_a_run_whose_output_can_not_be_written_goes_on(whole, tmp_path):
     """As where stdout and stderr are files on a full disk."""
     run = Run([*RUN, "--save_dir", tmp_path], "/dev/full")
-    run.process.join(120)
+    run.process.join(600)
     assert run.process.exitcode == 0
     assert hashes(tmp_path / "test") == hashes(whole)
     assert figures(tmp_path / "test") == figures(whole)

@@ -30,7 +30,7 @@ def test_ranks_draw_different_noise(tmp_path):
     command = [BIN / "mpiexec", "-n", "2", sys.executable, driver, *TINY]
     done = subprocess.run(
         [*command, "--port", str(free_port())],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
+        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     seeds = [(tmp_path / f"seeds-{rank}").read_text().split() for rank in range(2)]

@@ -63,6 +63,20 @@ def test_what_makes_a_folder_one_that_holds_a_run(tmp_path):
     assert holds_run(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name", ["best-model-ema.th", "latest-opt.th", "iter-10-model.th", "samples-1.png"]
+)
+def test_what_a_run_would_replace_is_not_there_to_be_replaced(name, tmp_path):
+    """Such as the best of a run whose large files have been deleted."""
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / name).write_bytes(b"a user's own")
+    for more in ([], ["--resume"] if name.startswith("best") else []):
+        status, text = again(tmp_path / "test", *more)
+        assert status == 2 and len(text.splitlines()) == 1 and "--desc" in text
+    left = [p for p in (tmp_path / "test").iterdir() if p.name != "lock"]
+    assert [p.name for p in left] == [name] and left[0].read_bytes() == b"a user's own"
+
+
 def test_a_second_run_on_other_own_images_is_told_of_the_run_not_of_its_record(folder):
     import numpy as np
 

@@ -42,7 +42,7 @@ def test_a_run_in_a_folder_whose_name_is_no_text(tmp_path):
     options = ["--num_epochs", "1", "--epochs_per_eval", "1", "--iters_per_save", "5"]
     argv = [*SMALL, *options, "--save_dir", tmp_path / ODD, "--desc", "d\udcffs$x_{\n"]
     process = command(argv, env=ENV | {"PYTHONIOENCODING": "utf-8:strict"})
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 0, text
     [folder] = (tmp_path / ODD).iterdir()
     found = events(folder)
@@ -52,7 +52,7 @@ def test_a_run_in_a_folder_whose_name_is_no_text(tmp_path):
     names = {path.name for path in folder.iterdir()}
     assert {"latest-model.th", "latest-state.json", "samples-13.png", "rates-13.png"} <= names
     process = command([*argv, "--resume", "--num_epochs", "2"])
-    text, _ = process.communicate(timeout=120)
+    text, _ = process.communicate(timeout=600)
     assert process.returncode == 0 and "resuming" in text, text
 
 
@@ -102,7 +102,7 @@ def test_every_error_and_every_line_of_a_log_is_one_line(tmp_path, capsys):
     (root / name).touch()
     argv = ["--hps", "images32", "--data_root", root, "--image_size", "8", "--save_dir", tmp_path]
     process = command(argv, stderr=subprocess.PIPE)  # two loader workers pack these
-    _, errors = process.communicate(timeout=120)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 2 and errors.count("\n") == 1 and r"a\nb\x1b[31m\r.png" in errors
 
 
@@ -198,7 +198,7 @@ esac
 
 def make(folder, *argv):
     done = subprocess.run(
-        ["make", *argv], cwd=folder, env=ENV, capture_output=True, text=True, timeout=60
+        ["make", *argv], cwd=folder, env=ENV, capture_output=True, text=True, timeout=600
     )
     return done.returncode, done.stdout, done.stderr
 

@@ -106,7 +106,7 @@ def test_a_second_start_packs_nothing_and_a_change_packs_anew(tmp_path, capsys):
 
     os.utime(root / names[0], (1, 1))  # touched
     everything(H)
-    (root / names[0]).chmod(0o600)  # made readable, maybe
+    (root / names[0]).chmod(0o640)  # made readable, maybe
     everything(H)
     (root / names[0]).unlink()  # removed
     assert len(everything(H)[0]) == 11
@@ -303,7 +303,7 @@ def command(tmp_path, root, *options, launcher=()):
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=120,
+        timeout=600,
     )
     return done.returncode, done.stdout, done.stderr
 

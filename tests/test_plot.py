@@ -6,6 +6,7 @@ import sys
 import time
 
 import imageio.v3 as imageio
+import matplotlib.figure
 import matplotlib.text
 import numpy as np
 import pytest
@@ -108,3 +109,22 @@ def test_whether_labels_were_told_is_said(tmp_path, monkeypatch):
     )
     draw_curves(tmp_path / "c.png", {"run": (train, evals)})
     assert "run (labels: given)" in written
+
+
+@pytest.mark.parametrize("highest", [3.5, 2e4])
+def test_ticks_of_gradient_norms_are_numbers(highest, tmp_path, monkeypatch):
+    """Of a fraction of a decade, of several."""
+    numbers = [3.0, highest]
+    events = [e | {"grad_norm": n} for e, n in zip(steps([10, 20]), numbers, strict=False)]
+    write_log(tmp_path / "log", events)
+    drawn = []
+    monkeypatch.setattr(
+        matplotlib.figure.Figure,
+        "savefig",
+        lambda self, *_, **__: (self.canvas.draw(), drawn.append(self)),
+    )
+    draw_curves(tmp_path / "c.png", {"run": plot.read_log(tmp_path / "log")})
+    axis = drawn[0].axes[2].yaxis
+    shown = [t.get_text() for t in axis.get_ticklabels() + axis.get_ticklabels(minor=True)]
+    ticks = [float(text) for text in shown if text]
+    assert ticks and len(set(ticks)) == len(ticks)

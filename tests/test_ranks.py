@@ -15,7 +15,8 @@ from runs import BIN, ENV, ROOT, SMALL, check_latest, events, free_port, hashes,
 
 TIMEOUT = 6
 RUN = [*SMALL, "--n_batch", "40", "--num_epochs", "1", "--iters_per_print", "1",
-       "--iters_per_save", "4", "--timeout", str(TIMEOUT), "--resume"]  # fmt: skip
+       "--iters_per_save", "4", "--resume"]  # fmt: skip
+ROOM_S = 90  # that tests allow on a busy machine beyond what is promised on an idle one
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +50,7 @@ def test_one_rank_fails(size, kind, whole, tmp_path):
     With two processes it goes on to the same bits. With three, the sum of three gradients may be
     rounded otherwise: after its first step, DistributedDataParallel lays them out anew.
     """
-    runs = start(size, RUN, tmp_path, Fault(kind, 1, 6))
+    runs = start(size, RUN, tmp_path, Fault(kind, 1, 6, limit_s=TIMEOUT))
     try:
         failed = time.monotonic()
         while not (check_latest(tmp_path / "test") or runs[0].process.exitcode):
@@ -58,7 +59,7 @@ def test_one_rank_fails(size, kind, whole, tmp_path):
         for rank, run in enumerate(runs):
             if kind == "stop" and rank == 1:
                 continue
-            status, text = run.wait(60)
+            status, text = run.wait()
             assert status == (-signal.SIGKILL if (kind, rank) == ("kill", 1) else 1)
             if rank != 1:
                 assert re.search(MESSAGES[kind], text), text[-1500:]
@@ -70,7 +71,7 @@ def test_one_rank_fails(size, kind, whole, tmp_path):
     finally:
         runs[1].kill()
     print(f"{kind}, {size} processes: noticed and ended after {took:.1f} s")
-    assert took < NOTICED_S[kind] + 30  # 30: for a machine that does other things too
+    assert took < NOTICED_S[kind] + ROOM_S
     assert check_latest(tmp_path / "test") == 4
     for run in start(size, RUN, tmp_path):
         assert run.wait()[0] == 0
@@ -82,7 +83,7 @@ def test_rank_0_fails(tmp_path):
     """With it goes the table where the others look."""
     runs = start(2, RUN, tmp_path, Fault("kill", 0, 6))
     assert runs[0].wait()[0] == -signal.SIGKILL
-    status, text = runs[1].wait(60)
+    status, text = runs[1].wait()
     assert status == 1 and "rank 1: rank 0, or the host it ran on, is gone" in text
     for run in start(2, RUN, tmp_path):
         assert run.wait()[0] == 0
@@ -139,7 +140,9 @@ def test_packing_own_images_may_take_longer_than_the_timeout(tmp_path):
     for i, image in enumerate(np.random.RandomState(0).randint(0, 256, (70, 8, 8, 3), np.uint8)):
         imageio.imwrite(tmp_path / "own" / f"{i:02}.png", image)
     own = ["--dataset", "images", "--image_size", "8", "--data_root", tmp_path / "own"]
-    runs = start(2, [*RUN, *own, "--n_batch", "10"], tmp_path, _packs_slowly)
+    runs = start(
+        2, [*RUN, *own, "--n_batch", "10", "--timeout", str(TIMEOUT)], tmp_path, _packs_slowly
+    )
     texts = []
     for run in runs:
         status, text = run.wait()
@@ -163,8 +166,9 @@ def test_one_rank_fails_under_a_launcher(launcher, size, kind, tmp_path):
     begin = [BIN / launcher, name, str(size), *port]
     begin += [sys.executable] if launcher == "mpiexec" else []
     script = [ROOT / "tests" / "faulty_train.py", kind, "1", "6", *RUN, "--save_dir", tmp_path]
+    script += ["--timeout", str(TIMEOUT)] if kind == "stop" else []
     done = subprocess.run(
-        [*begin, *script], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120
+        [*begin, *script], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=600
     )
     text = done.stdout[-3000:] + done.stderr
     assert done.returncode != 0
@@ -181,7 +185,7 @@ def test_one_rank_fails_under_a_launcher(launcher, size, kind, tmp_path):
         assert MESSAGES["stop"] in text, text
     script[1:4] = ["none", "1", "1"]
     done = subprocess.run(
-        [*begin, *script], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=120
+        [*begin, *script], cwd=ROOT, env=ENV, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0 and "resuming from" in done.stdout, done.stderr[-2000:]
     assert Path(tmp_path / "test" / "latest-state.json").exists()

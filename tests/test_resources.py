@@ -270,7 +270,7 @@ def test_outputs_closed_by_a_shell(closed, whole, tmp_path):
 
 # ---- the wait for another's download ---------------------------------------------------------
 
-LIMIT_S = 0.5
+LIMIT_S = 2  # a sign of life may be late on a busy machine
 
 
 @pytest.fixture
@@ -301,7 +301,7 @@ def ranks(monkeypatch):
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(300)
         return results
 
     return run
@@ -316,7 +316,7 @@ def test_the_wait_has_no_limit(ranks):
             it.wait()
         else:
             with it.taken():
-                time.sleep(3 * LIMIT_S)  # it is the time itself that must not matter
+                time.sleep(1.5 * LIMIT_S)  # it is the time itself that must not matter
                 order.append(local_rank)
             return "done"
         order.append(local_rank)

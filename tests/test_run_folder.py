@@ -82,6 +82,7 @@ def test_a_second_run_on_the_folder_is_refused(tmp_path):
     options = [*RUN, "--num_epochs", "999", "--save_dir", tmp_path]
     first = Run(options, tmp_path / "first")
     while not check_latest(tmp_path / "test"):
+        assert first.process.exitcode is None, first.output.read_text()
         time.sleep(0.05)
     log = tmp_path / "test" / "log.jsonl"
     in_use = f"is in use by process {first.process.pid} on"

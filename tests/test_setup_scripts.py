@@ -47,7 +47,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(data[start : start + (len(data) - start) // 2])
             self.wfile.flush()
             if server.stall:
-                server.released.wait(30)
+                server.released.wait(600)
             self.close_connection = True
         else:
             self.wfile.write(data[start:])
@@ -103,7 +103,7 @@ def run(start):
 
     def run(*args, **settings):
         process = start(*args, **settings)
-        stdout, stderr = process.communicate(timeout=240)
+        stdout, stderr = process.communicate(timeout=600)
         return process.returncode, stdout, stderr
 
     return run
@@ -111,7 +111,7 @@ def run(start):
 
 def kill_when(process, condition):
     """Kills a script and all it started as soon as the condition holds."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 300
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.001)

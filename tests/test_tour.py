@@ -23,7 +23,7 @@ def test_the_tour_goes_through(tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("WEIGHTS", raising=False)
     place = {"metadata": {"path": str(TOUR.parent)}}
-    made = NotebookClient(kept, timeout=120, kernel_name="python3", resources=place).execute()
+    made = NotebookClient(kept, timeout=600, kernel_name="python3", resources=place).execute()
     assert pictures(made) == 6
     nbformat.write(made, tmp_path / "made.ipynb")
     assert os.path.getsize(tmp_path / "made.ipynb") <= 500_000

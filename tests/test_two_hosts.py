@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from runs import BIN, ENV, ROOT, SMALL, check_latest
 
-TIMEOUT = 6
+TIMEOUT = 30
 NAMES = [f"vdvae{os.getpid() % 100_000}{end}" for end in "ab"]
 HOSTS = ["10.213.77.1", "10.213.77.2"]
 RUN = [*SMALL, "--n_batch", "50", "--iters_per_save", "4", "--timeout", str(TIMEOUT), "--resume"]
@@ -99,7 +99,7 @@ def test_a_link_is_cut(link, tmp_path):
     """Both ends stop with a message in bounded time; with the link mended, both go on."""
     processes = start(tmp_path, "--num_epochs", "100000")
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not check_latest(tmp_path / "test"):
             assert time.monotonic() < deadline and not any(p.poll() for p in processes), (
                 tmp_path / "out0"
@@ -108,21 +108,23 @@ def test_a_link_is_cut(link, tmp_path):
         ip("-n", NAMES[1], "link", "set", "wire", "down")
         cut = time.monotonic()
         noticed = {}
-        while len(noticed) < 2 and time.monotonic() < cut + 120:
+        while len(noticed) < 2 and time.monotonic() < cut + 300:
             for rank in range(2):
                 if f"rank {rank}: error: " in (tmp_path / f"out{rank}").read_text():
                     noticed.setdefault(rank, time.monotonic() - cut)
             time.sleep(0.1)
         assert len(noticed) == 2, [(tmp_path / f"out{r}").read_text()[-3000:] for r in range(2)]
         while any(map(training, NAMES)):
-            assert time.monotonic() < cut + 120
+            assert time.monotonic() < cut + 300
             time.sleep(0.1)
         print(f"noticed after {noticed[0]:.1f} and {noticed[1]:.1f} s")
         # torchrun itself, cut off from its rendezvous, stays on the second host until it is ended.
     finally:
         end(processes)
     texts = [(tmp_path / f"out{rank}").read_text() for rank in range(2)]
-    assert re.search(r"rank 0: error: (no step for 6 s|lost contact|no sign of life)", texts[0])
+    assert re.search(
+        rf"rank 0: error: (no step for {TIMEOUT} s|lost contact|no sign of life)", texts[0]
+    )
     assert "rank 0: rank 1 is gone or hangs in step" in texts[0]
     assert "rank 1: rank 0, or the host it ran on," in texts[1]
     saved = check_latest(tmp_path / "test")
@@ -132,14 +134,14 @@ def test_a_link_is_cut(link, tmp_path):
     processes = start(tmp_path, "--num_epochs", epochs)
     try:
         for process in processes:
-            assert process.wait(120) == 0, (tmp_path / "out0").read_text()[-3000:]
+            assert process.wait(600) == 0, (tmp_path / "out0").read_text()[-3000:]
     finally:
         end(processes)
     assert "resuming from" in (tmp_path / "out0").read_text()
     assert check_latest(tmp_path / "test") == int(epochs) * 13
 
 
-def wait_for(condition, processes, folder, seconds=120):
+def wait_for(condition, processes, folder, seconds=600):
     deadline = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < deadline and not any(p.poll() for p in processes), [
