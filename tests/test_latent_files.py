@@ -8,7 +8,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 import torch
-from fakes import arr_0, nearly_equal, noise, write_sample_folder
+from fakes import RGB_RUN, arr_0, nearly_equal, noise, write_sample_folder
 from PIL import Image
 from runs import sample_in
 
@@ -16,6 +16,7 @@ import latent_files
 from batches import preprocess
 from errors import UserError
 from image_files import read_images
+from synthesis import latents_of
 from weights import load_model, weights_hash
 
 
@@ -188,3 +189,25 @@ def test_files_that_name_weights_by_their_files_hash_stay_valid(run, tmp_path, c
     torch.save(state, "other.th")
     with pytest.raises(UserError, match="made with weights"):
         run("samples --n 5 --out pngs_made --n_batch 2", weights="other.th")
+
+
+def test_coloured_images(run, tmp_path):
+    """By way of an embedding and of latents: all three levels of a pixel count."""
+    weights = str(RGB_RUN / "latest-model-ema.th")
+    model = load_model(weights, device="cpu")
+    run("embed pngs --n_batch 4 --out e.npz", weights)
+    images = read_images([f"pngs/{i:02}.png" for i in range(11)], 8)
+    rows = content("e.npz")["embeddings"]
+    assert np.allclose(rows, model.embed(preprocess(images, model.H)[0]), atol=1e-4)
+    grey = np.repeat(images[..., :1], 3, axis=3)
+    assert not np.allclose(rows, model.embed(preprocess(grey, model.H)[0]), atol=1e-3)
+    run("decode e.npz --out d.npz --mean", weights)
+    direct = model.forward_samples_set_latents(11, model.unflatten(rows), mean=True)
+    assert direct.shape == (11, 8, 8, 3) and nearly_equal(arr_0("d.npz"), direct)
+    run("encode pngs --seed 5 --out l.npz", weights)
+    run("decode l.npz --seed 5 --out of_latents.npz", weights)
+    run("reconstruct pngs --seed 5 --out r.npz", weights)
+    assert np.array_equal(arr_0("of_latents.npz"), arr_0("r.npz"))
+    rate = content("l.npz")["rate001"]
+    stats = latents_of(model, images, range(11), 5)
+    assert np.allclose(rate, stats[1]["kl"].sum(dim=(1, 2, 3)) / (8 * 8 * 3), rtol=1e-4)

@@ -5,13 +5,16 @@ import csv
 import numpy as np
 import pytest
 import torch
-from fakes import noise
+from fakes import RGB_RUN, noise
 from PIL import Image
 from runs import Run
 
+from batches import of_channels, preprocess
 from data import load_digits
 from errors import UserError
 from hps import Hyperparams, get_hparams
+from image_sets import channels_of
+from noise import EVALUATION, image_generators, noise_of_images
 from pictures import picture_of
 from scores import scores_of
 from vae import VAE
@@ -91,11 +94,17 @@ def test_scores_under_labels(run):
     assert abs(column(rows, "rate")[0] - column(table("n.csv"), "rate")[0]) > 1e-6
 
 
-def test_figures_of_arrays(folder):
-    model = load_model(folder / "ema.th", device="cpu")
-    images = noise(5, 8)
+@pytest.mark.parametrize("weights, layers", [("ema.th", 7), (RGB_RUN / "latest-model-ema.th", 2)])
+def test_figures_of_arrays(folder, weights, layers):
+    model = load_model(folder / weights, device="cpu")
+    images = of_channels(noise(5, 8), channels_of(model.H))
     figures = scores_of(model, images, range(5))
-    assert figures["rates"].shape == (7, 5)
+    assert figures["rates"].shape == (layers, 5)
+    # Those of the model itself under that noise, per level of a pixel.
+    with noise_of_images(image_generators(range(5), 0, EVALUATION)):
+        stats = model(*preprocess(images, model.H), per_image=True)
+    for name in ("distortion", "rate"):
+        assert np.allclose(figures[name], stats[name], rtol=1e-4)
     last = scores_of(model, images[3:], range(3, 5))
     assert np.allclose(last["bits_per_dim"], figures["bits_per_dim"][3:], rtol=1e-4)
 
