@@ -176,7 +176,7 @@ def picture_tab(own):
     n = len(model.bases)
     with gr.Row():
         image = own.picture("Picture", "upload")
-        original = own.result("As the model sees it", "original")
+        original = own.result("Model's input", "original")
         kept = own.result("What is kept of it", "kept")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -280,7 +280,7 @@ def mix_tab(own):
     gr, model = own.gradio, own.model
     n = len(model.bases)
     with gr.Row():
-        a, b = own.picture("A: its coarse latents", "a"), own.picture("B: its fine latents", "b")
+        a, b = own.picture("A: coarse latents", "a"), own.picture("B: fine latents", "b")
         mixed = own.result("The mixture", "mixture")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):

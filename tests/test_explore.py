@@ -119,7 +119,7 @@ def test_a_label_is_told_to_the_model(page, model, images, uploads):
         expected = reconstruct(model, images[:1], [0], LAYERS, labels=labels[:1],
                                from_labels=labels[:1])  # fmt: skip
         assert same(page.image(kept)[None], expected), name
-        both = {"A: its coarse latents": uploads[0], "B: its fine latents": uploads[1]}
+        both = {"A: coarse latents": uploads[0], "B: fine latents": uploads[1]}
         mixed, _ = page.ask("mix", **both, **{"Layers of A": 4, "Label": name})
         assert same(
             page.image(mixed)[None], mix(model, images[:1], images[1:], 4, labels=labels[:1])
@@ -204,7 +204,7 @@ def test_a_move_of_the_slider_is_the_picture_again(page, model, images, uploads)
 
 def test_a_mixture_and_the_way(page, model, images, uploads):
     a, b = images[:1], images[1:]
-    both = {"A: its coarse latents": uploads[0], "B: its fine latents": uploads[1]}
+    both = {"A: coarse latents": uploads[0], "B: fine latents": uploads[1]}
     for k, stored in ((4, False), (4, True), (0, False), (LAYERS, True)):
         mixed, line = page.ask(
             "mix", **both, **{"Layers of A": k, "B's latents as stored": stored, "Seed": 3}
@@ -220,7 +220,7 @@ def test_a_mixture_and_the_way(page, model, images, uploads):
 
 
 def test_one_picture_waits_for_the_other(page, uploads):
-    for name, other in (("A: its coarse latents", "B"), ("B: its fine latents", "A")):
+    for name, other in (("A: coarse latents", "B"), ("B: fine latents", "A")):
         assert f"Now choose picture {other}" in page.ask("mix_and_way", **{name: uploads[0]})[-1]
 
 
@@ -240,7 +240,7 @@ def test_everything_is_saved_as_png_and_latents(page, folder, uploads, tmp_path,
     elif name == "picture":
         values |= {"Picture": uploads[0]}
     else:
-        values |= {"A: its coarse latents": uploads[0], "B: its fine latents": uploads[1]}
+        values |= {"A: coarse latents": uploads[0], "B: fine latents": uploads[1]}
     if name == "way":
         values |= {"Steps from A to B": n}
     file, line = page.ask(f"{name}_png", **values)
@@ -291,8 +291,8 @@ WRONG = {
     "Steps from A to B": ([*NUMBERS, 17], "must be a whole number from 2 to 16"),
     **{label: ([None, 3, {}, "x.png", {"path": "/etc/passwd"}, {"path": None}, {"path": "a\0"}],
                f"{words} (is missing|is no upload)|names a file that is no upload")
-       for label, words in (("Picture", "Picture"), ("A: its coarse latents", "Picture A"),
-                            ("B: its fine latents", "Picture B"))},
+       for label, words in (("Picture", "Picture"), ("A: coarse latents", "Picture A"),
+                            ("B: fine latents", "Picture B"))},
 }  # fmt: skip
 ANSWERED = {
     "samples", "variations", "picture", "reconstruct", "mix_and_way", "mix", "way",
@@ -488,9 +488,9 @@ def test_for_one_who_has_left_nothing_is_computed(page):
     answer = visit.getresponse()
     session, _ = page.begin("samples", {"Pictures": 64, "Seed": 2}, session="leaving")
     for message in page.messages(session):
-        if message["msg"] == "progress" and visit:
+        if message["msg"] == "progress":
             answer.close()
-            visit = visit.close()
+            visit.close()
         if message["msg"] == "process_completed":
             break
     assert not message["success"] and message["output"]["error"] == "stopped"
@@ -508,7 +508,7 @@ def test_requests_wait_for_their_turn(page):
 def test_a_move_takes_no_more_than_the_library_and_a_moment(page, model, images, uploads):
     """At most 1.5 times the call and 0.3 s (docs/explore.md)."""
     a, b = images[:1], images[1:]
-    both = {"A: its coarse latents": uploads[0], "B: its fine latents": uploads[1]}
+    both = {"A: coarse latents": uploads[0], "B: fine latents": uploads[1]}
     moves = {
         "samples": ({"Pictures": 12}, lambda i: draw_samples(model, range(12), seed=i)),
         "reconstruct": ({"Picture": uploads[0]}, lambda i: reconstruct(model, a, [0], 4, seed=i)),
