@@ -165,6 +165,10 @@ def test_embeddings_under_labels(run, tmp_path):
     run("decode eight.npz --mean --label none --out without.npz")
     own, given, without = (content(f"{n}.npz")["arr_0"] for n in ("own", "given", "without"))
     assert (own == given).all() and (own != without).any()
+    # One of latents tells under which it was encoded too.
+    run("encode a.png b.jpg --from_label 5 --label 3,8 --out l.npz")
+    made = content("l.npz")
+    assert made["from_label"].tolist() == ["5", "5"] and made["label"].tolist() == ["3", "8"]
 
 
 def test_files_that_name_weights_by_their_files_hash_stay_valid(run, tmp_path, capsys):
