@@ -17,6 +17,7 @@ from batches import preprocess
 from errors import UserError
 from image_files import read_images
 from synthesis import latents_of
+from vae import VAE
 from weights import load_model, weights_hash
 
 
@@ -87,6 +88,23 @@ def test_it_goes_on_after_a_break(run, tmp_path, monkeypatch, capfd):
     with pytest.raises(UserError, match="none of the 1 images"):
         run("embed bad.png --out none.npz")
     assert not list(tmp_path.glob("none*"))
+
+
+def test_what_gives_no_finite_numbers_is_skipped(run, monkeypatch, capfd):
+    embed = VAE.embed
+
+    def overflowing(self, x, **how):
+        e = embed(self, x, **how).clone()
+        e[1, 3] = np.inf
+        return e
+
+    monkeypatch.setattr(VAE, "embed", overflowing)
+    with pytest.raises(UserError, match="1 of 3 images have no row in e.npz"):
+        run("embed a.png b.jpg pngs/00.png --out e.npz")
+    found = content("e.npz")
+    assert found["images"].tolist() == ["a.png", "pngs/00.png"]
+    assert found["embeddings"].shape[0] == 2 and np.isfinite(found["embeddings"]).all()
+    assert "skipped: b.jpg gave no finite numbers" in capfd.readouterr().err
 
 
 def test_decode_takes_it(run, tmp_path):
