@@ -358,7 +358,7 @@ def mix_tab(own):
     def both_n(values):
         return mix_n(values) + way_n(values)
 
-    some = {name: (part, lambda value, check=check: value and check(value))
+    some = {name: (part, lambda value, check=check: None if value is None else check(value))
             for name, (part, check) in both.items() if name in "ab"}  # fmt: skip
     events = [
         own.answer([a.upload, b.upload, *changes_of(seed, label, mean)], "mix_and_way",
