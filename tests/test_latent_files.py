@@ -3,6 +3,7 @@
 import json
 import resource
 import shutil
+import zipfile
 from collections import namedtuple
 
 import numpy as np
@@ -132,6 +133,9 @@ def test_decode_takes_it(run, tmp_path):
     np.savez("int.npz", embeddings=rows.astype(int))
     np.savez("layers.npz", embeddings=rows[:, :8], layers=np.array([[2, 2, 2]]))
     np.savez("empty.npz", embeddings=rows[:0])
+    np.savez("labels.npz", embeddings=rows, labels=["1", "2"])
+    with zipfile.ZipFile("e.npz") as whole, zipfile.ZipFile("short.npz", "w") as short:
+        short.writestr("embeddings.npy", whole.read("embeddings.npy")[: -3 * rows[0].nbytes])
     (tmp_path / "cut.npz").write_bytes((tmp_path / "e.npz").read_bytes()[:-3000])
     for name, words in (
         ("width", "100 numbers an image, where .* 8, 136, 264"),
@@ -139,10 +143,12 @@ def test_decode_takes_it(run, tmp_path):
         ("int", "not floats"),
         ("layers", "its layers are of other shapes"),
         ("empty", "it has no row"),
+        ("labels", "it has 2 labels for 11 images"),
+        ("short", "embeddings ends before its row 11"),
         ("cut", "not a zip file"),
     ):
         with pytest.raises(UserError, match=f"{name}.npz holds no latents.*{words}"):
-            run(f"decode {name}.npz --out out.npz")
+            run(f"decode {name}.npz --out out_{name}.npz")
 
 
 def test_rows_are_read_in_bounded_memory(tmp_path):
