@@ -1,6 +1,7 @@
 """explore.py over its HTTP API: every control, what is refused, what can be stopped, what is kept
 from whom."""
 
+import asyncio
 import contextlib
 import http.client
 import io
@@ -20,6 +21,7 @@ from fakes import nearly_equal
 from runs import ROOT, environment, free_port, python
 
 import explore
+import gate
 from answering import LARGEST, forget_oldest, upload
 from batches import of_channels
 from errors import UserError
@@ -527,6 +529,32 @@ def test_a_move_takes_no_more_than_the_library_and_a_moment(page, model, images,
     for name, (values, direct) in moves.items():
         moved = fastest(lambda i, name=name, values=values: page.ask(name, **values, Seed=i))
         assert moved <= 1.5 * fastest(direct) + 0.3, name
+
+
+# ---- parts of it, in this process ------------------------------------------------------------
+
+
+def test_a_file_that_is_too_large_is_not_read(tmp_path):
+    path = tmp_path / "large.png"
+    with open(path, "wb") as file:
+        file.truncate(LARGEST + 1)
+    with pytest.raises(UserError, match="larger than 20 MB"):
+        upload("Picture", tmp_path)({"path": str(path)})
+
+
+@pytest.mark.parametrize(
+    "method, path, times", [("POST", "/gradio_api/upload", 1), ("GET", "/", 0)]
+)
+def test_what_brings_files_has_the_oldest_forgotten(tmp_path, monkeypatch, method, path, times):
+    calls = []
+    monkeypatch.setattr(gate, "forget_oldest", calls.append)
+
+    async def app(*_):
+        assert not calls
+
+    scope = {"type": "http", "method": method, "path": path, "headers": [(b"content-length", b"9")]}
+    asyncio.run(gate.Gate(app, tmp_path)(scope, None, None))
+    assert calls == [str(tmp_path)] * times
 
 
 # ---- the command ---------------------------------------------------------------------------
