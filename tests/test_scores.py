@@ -9,6 +9,7 @@ from fakes import RGB_RUN, noise
 from PIL import Image
 from runs import Run
 
+import scores
 from batches import of_channels, preprocess
 from data import load_digits
 from errors import UserError
@@ -64,6 +65,18 @@ def test_a_row_a_picture_in_their_order(run, tmp_path):
     run("score b.jpg --out iw1.csv --iw_samples 1")
     [row] = table("iw1.csv")
     assert float(row["iw_bits_per_dim"]) == pytest.approx(float(row["bits_per_dim"]))
+
+
+def test_rows_are_written_as_they_are_computed(run, tmp_path, monkeypatch):
+    lines, rows_of = [], scores.rows_of
+
+    def looking(*args):
+        lines.append(len((tmp_path / "scores.csv.partial").read_text().splitlines()))
+        return rows_of(*args)
+
+    monkeypatch.setattr(scores, "rows_of", looking)
+    run("score a.png b.jpg a.png --n_batch 1")
+    assert lines[1:] == [2, 3] and len(table()) == 3  # the first of them names the columns
 
 
 def test_over_a_test_set_the_mean_is_that_of_an_evaluation(run, tmp_path):
