@@ -98,10 +98,14 @@ def test_over_a_test_set_the_mean_is_that_of_an_evaluation(run, tmp_path):
         assert column(table(), name).mean() == pytest.approx(float(said[name]), rel=1e-4), line
 
 
-def test_scores_under_labels(run):
+def test_scores_under_labels(run, tmp_path):
     run("score a.png b.jpg a.png --from_label 3,8 --out l.csv")
     rows = table("l.csv")
     assert [row["label"] for row in rows] == ["3", "8", "3"]
+    (tmp_path / "bad.png").write_text("no picture")
+    with pytest.raises(UserError, match="1 of 3 images have no figures"):
+        run("score bad.png a.png b.jpg --from_label 3,8 --out b.csv")
+    assert [row["label"] for row in table("b.csv")] == ["", "8", "3"]
     run("score a.png b.jpg --out n.csv")
     assert "label" not in table("n.csv")[0]
     assert abs(column(rows, "rate")[0] - column(table("n.csv"), "rate")[0]) > 1e-6
