@@ -20,6 +20,7 @@ from explorer import Explorer, Listener, Refused, png, write_weights
 from fakes import nearly_equal
 from runs import ROOT, environment, free_port, python
 
+import answering
 import explore
 import gate
 from answering import LARGEST, forget_oldest, upload
@@ -36,6 +37,7 @@ from synthesis import (
     mix,
     reconstruct,
 )
+from watching import Watch
 from weights import load_model
 
 # Of the digits model.
@@ -291,7 +293,7 @@ WRONG = {
     "Layers kept": ([*NUMBERS, 8], "must be a whole number from 0 to 7"),
     "Layers of A": ([*NUMBERS, 8], "must be a whole number from 0 to 7"),
     "Steps from A to B": ([*NUMBERS, 17], "must be a whole number from 2 to 16"),
-    **{label: ([None, 3, {}, "x.png", {"path": "/etc/passwd"}, {"path": None}, {"path": "a\0"}],
+    **{label: ([None, {}, 3, "x.png", {"path": "/etc/passwd"}, {"path": None}, {"path": "a\0"}],
                f"{words} (is missing|is no upload)|names a file that is no upload")
        for label, words in (("Picture", "Picture"), ("A: coarse latents", "Picture A"),
                             ("B: fine latents", "Picture B"))},
@@ -532,6 +534,30 @@ def test_a_move_takes_no_more_than_the_library_and_a_moment(page, model, images,
 
 
 # ---- parts of it, in this process ------------------------------------------------------------
+
+
+def test_what_is_cancelled_has_ended_before_the_next_has_its_turn():
+    watch, ended = Watch(), []
+
+    def passes():
+        try:
+            for _ in range(3000):
+                watch.layer()
+                time.sleep(0.001)
+        finally:
+            time.sleep(0.05)
+            ended.append(watch.done)
+
+    async def cancelled():
+        task = asyncio.create_task(answering._in_a_thread(passes, watch))
+        while not watch.done:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended and ended[0] < 3000
+
+    asyncio.run(cancelled())
 
 
 def test_a_file_that_is_too_large_is_not_read(tmp_path):
