@@ -5,9 +5,11 @@ be in a sentence, and touch no file but an upload.
 """
 
 import asyncio
+import contextlib
 import contextvars
 import math
 import os
+import time
 from functools import partial
 from pathlib import Path
 
@@ -92,7 +94,9 @@ def upload(what, folder):
         try:
             if os.path.getsize(path) > LARGEST:
                 raise UserError(f"{what} is larger than {LARGEST >> 20} MB: choose a smaller file.")
-            return Path(path).read_bytes()
+            data = Path(path).read_bytes()
+            os.utime(path)  # for forget_oldest: it is in use
+            return data
         except OSError:
             raise UserError(f"{what} is no longer here: choose it once more.") from None
 
@@ -113,6 +117,31 @@ def is_within(path, folder):
 def _shown(value):
     text = repr(value)
     return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+# ---- files ---------------------------------------------------------------------------------
+
+
+def forget_oldest(folder, n_files=4000, n_bytes=2**30, age=60):
+    """Deletes of more files, or bytes, below a folder than these those longest out of use.
+
+    An upload is in use whenever an answer reads it.
+
+    Args:
+        age: seconds in which a file stays whatever there is, for it may just be sent.
+    """
+    found, now = [], time.time()
+    for place, _, names in os.walk(folder):
+        for path in (os.path.join(place, name) for name in names):
+            with contextlib.suppress(OSError):  # gone meanwhile
+                status = os.lstat(path)
+                found.append((status.st_ctime, status.st_size, path))
+    for i, (when, size, path) in enumerate(sorted(found, reverse=True)):
+        n_bytes -= size
+        if now - when > age and (i >= n_files or n_bytes < 0):
+            with contextlib.suppress(OSError):
+                os.remove(path)
+                os.rmdir(os.path.dirname(path))  # each has a folder of its own
 
 
 # ---- answers -------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import interrupts  # noqa: F401  the first: a Ctrl-C while the others are import
 # isort: split
 import argparse
 import contextlib
+import ipaddress
 import os
 import shutil
 import signal
@@ -35,6 +36,8 @@ from page_parts import STYLE
 from sample import open_model
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def make_parser():
@@ -84,9 +87,39 @@ def listen(host, port):
         ) from None
 
 
+def address_of(listening, host):
+    """(the page's address, by the host as it was given; whether this machine alone reaches it)"""
+    ip, port, *_ = listening.getsockname()
+    name = f"[{host}]" if ":" in host else host
+    return f"http://{name}:{port}/", ipaddress.ip_address(ip).is_loopback
+
+
+def on_signals(function):
+    """Has function(number, frame) meet SIGNALS, but those that are ignored; what met them before.
+
+    Returns:
+        {number: handler}.
+    """
+    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, function) for number in heeded}
+
+
 @contextlib.contextmanager
 def own_folder():
-    """A folder of this user's alone for all that is uploaded or made, deleted at the end."""
+    """A folder of this user's alone for all that is uploaded or made, deleted at the end.
+
+    A signal that comes before the page is served ends the process, after that.
+    """
+    folder = None
+
+    def end(number, _):
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+        if number == signal.SIGINT:
+            os.write(2, b"interrupted\n")
+        os._exit(128 + number)  # what is being imported may catch anything that is raised
+
+    handlers = on_signals(end)
     folder = tempfile.mkdtemp(prefix="explore-")  # of mode 700
     before = tempfile.tempdir
     # All of Gradio's files; and an upload while it comes in.
@@ -98,6 +131,8 @@ def own_folder():
         deadline = time.monotonic() + 5
         while os.path.exists(folder) and time.monotonic() < deadline:
             shutil.rmtree(folder, ignore_errors=True)  # a thread may just be writing there
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def serve(listening, app, address):
@@ -123,9 +158,7 @@ def serve(listening, app, address):
         server.should_exit = True
         numbers.append(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, end)
+    on_signals(end)
     print_line(f"explore.py: {address} (Ctrl-C ends it)")
     server.run(sockets=[listening])
     if signal.SIGINT in numbers:
@@ -141,8 +174,7 @@ def main():
         vae = open_model(args)
         background = args.background or options.setting(vae.H, "background")
         page = make_page(Model(vae, args.n_batch, background), folder)
-        address = f"http://{args.host}:{listening.getsockname()[1]}/"
-        local = args.host in LOCAL
+        address, local = address_of(listening, args.host)
         if not local:
             print(
                 one_line(
@@ -151,8 +183,8 @@ def main():
                 ),
                 file=sys.stderr,
             )
-        app = Gate(mounted(gradio, page, args), folder, LOCAL if local else None)
-        serve(listening, app, address)
+        hosts = {*LOCAL, args.host.lower()} if local else None
+        serve(listening, Gate(mounted(gradio, page, args), folder, hosts), address)
 
 
 def mounted(gradio, page, args):

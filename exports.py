@@ -101,7 +101,7 @@ def content_of(model, path, with_names=False):
         "mean": mean,
         "std": std,
         "background": H.background,
-        "label_names": H.label_names,
+        "label_names": H.label_names or None,
         "images": record,
         "figures": before.get("figures") if before else figures_of(path, weights_hash(model)),
     }

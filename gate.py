@@ -4,12 +4,13 @@ Gradio's server has more doors than the page needs: a proxy, a history of runs, 
 hosts' files. Here they are closed, as is any that a later Gradio adds.
 """
 
+import asyncio
 import json
 import os
 import re
 from urllib.parse import urlsplit
 
-from answering import LARGEST, is_within
+from answering import LARGEST, forget_oldest, is_within
 
 API = "/gradio_api"
 GET = re.compile(
@@ -76,7 +77,9 @@ class Gate:
                 receive = _again(body, receive)
         else:
             return await _refuse(send, 404, "not found")
-        return await self.app(scope, receive, _with_headers(send))
+        await self.app(scope, receive, _with_headers(send))
+        if method == "POST":  # it may have brought a file, or asked for some
+            await asyncio.to_thread(forget_oldest, self.folder)
 
     def may_be_asked(self, body):
         """Whether JSON names no file but of the folder: Gradio fetches or copies what it names."""

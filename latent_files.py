@@ -148,14 +148,8 @@ class _Rows:
     """
 
     def __init__(self, path, name):
-        self.path, self.name = path, name
-        self._open()
-        if self.fortran:  # column by column: there are no rows to read
-            with np.load(path, allow_pickle=False) as arrays:
-                self.array = arrays[name]
-
-    def _open(self):
-        self.file = zipfile.ZipFile(self.path).open(f"{self.name}.npy")
+        self.name = name
+        self.file = zipfile.ZipFile(path).open(f"{name}.npy")
         version = np.lib.format.read_magic(self.file)
         read = {
             (1, 0): np.lib.format.read_array_header_1_0,
@@ -163,15 +157,16 @@ class _Rows:
         }
         self.shape, self.fortran, self.dtype = read[version](self.file)
         if self.dtype.hasobject or self.dtype.kind != "f" or len(self.shape) != 2:
-            raise ValueError(f"{self.name} is {self.dtype} {self.shape}, not floats (n, D)")
+            raise ValueError(f"{name} is {self.dtype} {self.shape}, not floats (n, D)")
         self.row = 0
+        if self.fortran:  # column by column: there are no rows to read
+            with np.load(path, allow_pickle=False) as arrays:
+                self.array = arrays[name]
 
     def read(self, start, stop):
         """Rows start to stop - 1, (stop - start, D)."""
         if self.fortran:
             return self.array[start:stop]
-        if start < self.row:
-            self._open()
         size = self.shape[1] * self.dtype.itemsize
         self.file.seek((start - self.row) * size, 1)
         data = self.file.read((stop - start) * size)

@@ -3,6 +3,7 @@
 from html import escape
 
 from answering import choice, real, upload, whole, yes_or_no
+from errors import UserError
 from exploring import (
     Chosen,
     by_resolution,
@@ -45,7 +46,7 @@ def make_page(model, folder):
     """
     own = Controls(model, folder)
     gr = own.gradio
-    with gr.Blocks(title="Explorer", analytics_enabled=False, delete_cache=(600, 3600)) as page:
+    with gr.Blocks(title="Explorer", analytics_enabled=False) as page:
         head = f"<h1>Explorer</h1><p>{escape(model.in_words)}</p>"
         gr.HTML(head, elem_id="title", padding=False)
         with gr.Tab("Sample"):
@@ -115,6 +116,10 @@ def sample_tab(own, load):
 
     def drawn(n, seed, label, mean, index=None, resolution=None, rest=None, **ts):
         """(images, latents, what they are in words)"""
+        if index is not None and index >= n:
+            raise UserError(
+                f"Chosen picture is {index}: of {n} pictures it must be a number from 0 to {n - 1}."
+            )
         t = [ts[f"t{r}"] for r in model.bases]
         chosen = None if index is None else Chosen(index, resolution, rest)
         words = f"{n} sample{'s' * (n > 1)} of seed {seed}"
@@ -171,7 +176,7 @@ def picture_tab(own):
     n = len(model.bases)
     with gr.Row():
         image = own.picture("Picture", "upload")
-        original = own.result("As the model sees it", "original")
+        original = own.result("Model's input", "original")
         kept = own.result("What is kept of it", "kept")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -275,7 +280,7 @@ def mix_tab(own):
     gr, model = own.gradio, own.model
     n = len(model.bases)
     with gr.Row():
-        a, b = own.picture("A: its coarse latents", "a"), own.picture("B: its fine latents", "b")
+        a, b = own.picture("A: coarse latents", "a"), own.picture("B: fine latents", "b")
         mixed = own.result("The mixture", "mixture")
     with gr.Row():
         with gr.Column(scale=2, min_width=300):
@@ -353,7 +358,7 @@ def mix_tab(own):
     def both_n(values):
         return mix_n(values) + way_n(values)
 
-    some = {name: (part, lambda value, check=check: value and check(value))
+    some = {name: (part, lambda value, check=check: None if value is None else check(value))
             for name, (part, check) in both.items() if name in "ab"}  # fmt: skip
     events = [
         own.answer([a.upload, b.upload, *changes_of(seed, label, mean)], "mix_and_way",

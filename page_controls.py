@@ -4,6 +4,7 @@ import os
 import secrets
 import time
 from functools import partial
+from typing import Any
 
 from PIL import Image
 
@@ -45,11 +46,22 @@ def import_gradio():
     return gradio
 
 
+def _any_value():
+    """Gradio's model of a value that may be anything: what it must be the checks say."""
+    from gradio.data_classes import GradioRootModel
+
+    class AnyValue(GradioRootModel):
+        root: Any
+
+    return AnyValue
+
+
 class Controls:
     """The model, the folder of files that are served, who is answered; makes parts of tabs."""
 
     def __init__(self, model, folder):
         self.gradio = import_gradio()
+        self.anything = _any_value()
         self.model, self.folder = model, folder
         self.answers, self.encodings = Answers(), Encodings()
         self.labels = model.choices_of_label(NONE)
@@ -76,10 +88,12 @@ class Controls:
 
     def picture(self, label, part):
         """A place for an upload."""
-        return self.gradio.Image(
+        image = self.gradio.Image(
             label=label, type="filepath", sources=["upload", "clipboard"], height=240, buttons=[],
             elem_classes="pixels", elem_id=part, min_width=150,
         )  # fmt: skip
+        image.data_model = self.anything  # the place's own would end what is none in a traceback
+        return image
 
     def shared_checks(self, seed, label, mean):
         """The checks of controls that all tabs have."""

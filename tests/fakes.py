@@ -4,6 +4,7 @@ import json
 import math
 import os
 import pickle
+from pathlib import Path
 
 import imageio.v3 as imageio
 import numpy as np
@@ -129,6 +130,9 @@ def write_digits_run(folder):
     folder.mkdir()
     write_checkpoint(str(folder / "latest"), vae, vae, torch.optim.AdamW(vae.parameters()), H)
     return folder
+
+
+RGB_RUN = Path(__file__).parent / "data" / "rgb_digits"  # a run on coloured images
 
 
 class Hostile:

@@ -6,11 +6,13 @@ import itertools
 import json
 import multiprocessing
 import os
+import runpy
 import shlex
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -43,13 +45,25 @@ def environment(**extra):
 ENV = environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
 
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(["runs", "train", "sklearn.model_selection", "sklearn.datasets"])
+_server.set_forkserver_preload(
+    ["runs", "train", "sample", "plot", "sklearn.model_selection", "sklearn.datasets"]
+)
 
 
-def _run(argv, output, errors, wrap, environ, cwd):
-    """In the new process: train.py's main with argv, after `wrap`, what it prints in a file."""
-    import train
+def _started(target, args):
+    """A process that the fork server has started."""
+    process = _server.Process(target=target, args=args, daemon=True)
+    with contextlib.ExitStack() as stack:
+        old = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"  # the fork server starts with the first process
+        if old is None:
+            stack.callback(os.environ.pop, "OMP_NUM_THREADS")
+        process.start()
+    return process
 
+
+def _become_command(output, errors, environ, cwd):
+    """What a command has of its own: where its output goes, its variables, its folder."""
     # Daemonic, it dies with the tests; only that multiprocessing lets it have no loader workers.
     multiprocessing.current_process()._config.pop("daemon")
     multiprocessing.set_start_method("fork", force=True)  # Python 3.11's own, not the fork server's
@@ -61,6 +75,13 @@ def _run(argv, output, errors, wrap, environ, cwd):
     sys.stdin = open(os.devnull)
     os.environ.update(environ)
     os.chdir(cwd or ROOT)
+
+
+def _run(argv, output, errors, wrap, environ, cwd):
+    """In the new process: train.py's main with argv, after `wrap`, what it prints in a file."""
+    import train
+
+    _become_command(output, errors, environ, cwd)
     sys.argv = ["train.py", *map(str, argv)]
     if wrap:
         wrap()
@@ -76,17 +97,7 @@ class Run:
 
     def __init__(self, argv, output, wrap=None, environ=(), cwd=None, errors=None):
         self.output = Path(output)
-        self.process = _server.Process(
-            target=_run,
-            args=(list(argv), str(output), errors, wrap, dict(environ), cwd),
-            daemon=True,
-        )
-        with contextlib.ExitStack() as stack:
-            old = os.environ.get("OMP_NUM_THREADS")
-            os.environ["OMP_NUM_THREADS"] = "1"  # the fork server starts with the first process
-            if old is None:
-                stack.callback(os.environ.pop, "OMP_NUM_THREADS")
-            self.process.start()
+        self.process = _started(_run, (list(argv), str(output), errors, wrap, dict(environ), cwd))
 
     def wait(self, timeout=600):
         """(exit status, what it printed); a process killed by signal n has status -n."""
@@ -97,6 +108,28 @@ class Run:
     def kill(self):
         self.process.kill()
         self.process.join()
+
+
+def _python(words, output, errors, cwd):
+    """In the new process: a file with its arguments, or `-c` and code, as the command it is."""
+    _become_command(output, errors, {}, cwd)
+    if words[0] == "-c":
+        sys.argv = words[:1]
+        exec(compile(words[1], "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        sys.argv = words
+        runpy.run_path(words[0], run_name="__main__")
+
+
+def python(words, cwd):
+    """The finished `python WORDS`, forked from a process that has done all imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = [os.path.join(folder, name) for name in ("output", "errors")]
+        process = _started(_python, ([*map(str, words)], *paths, str(cwd)))
+        process.join(120)
+        texts = [Path(path).read_text() for path in paths]
+        assert process.exitcode is not None, texts
+        return subprocess.CompletedProcess(words, process.exitcode, *texts)
 
 
 class Signal:

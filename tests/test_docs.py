@@ -3,7 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
 import sys
 
 import imageio.v3 as imageio
@@ -11,7 +10,7 @@ import pytest
 import torch
 from golden import weight
 from pages import FIRST, PAGES, README, REPO, blocks, commands, is_use, prose
-from runs import environment, free_port, run_until
+from runs import environment, free_port, python, run_until
 from test_plot import steps, write_log
 
 from hps import get_hparams
@@ -57,8 +56,12 @@ def outputs(folder):
 def test_a_page_works_in_its_order(page, folder):
     """Each of its uses finds what those before it have made, and replaces nothing of it."""
     for kind, text in uses(PAGES[page]):
+        import time
+
+        t0 = time.time()
         before = outputs(folder)
-        done = run_example(text, folder) if kind == "python" else run_use(text, folder)
+        done = python(["-c", text], folder) if kind == "python" else run_use(text, folder)
+        print(f"{time.time() - t0:.2f}", text[:90].replace(chr(10), " "))
         if done is None:
             continue
         assert done.returncode == 0 and done.stderr == "", f"{text}\n{done.stderr}"
@@ -84,21 +87,18 @@ def test_a_page_works_in_its_order(page, folder):
 
 def run_use(command, folder):
     """The finished command, with fewer samples, or None for what is ended: a training, a page."""
-    words = shlex.split(re.sub(r"--(n|iw_samples) \d{3,}", r"--\1 20", command))
-    words = [sys.executable, str(REPO / words[1]), *words[2:]]
+    command = re.sub(r"--n \d{3,}", "--n 20", command)
+    words = shlex.split(re.sub(r"--iw_samples \d+", "--iw_samples 2", command))
+    words = [str(REPO / words[1]), *words[2:]]
+    command = [sys.executable, *words]
     if "--tensorboard" in words or "--init_from" in words:
-        run_until(words, environment(), folder, "type: train_loss")
+        run_until(command, environment(), folder, "type: train_loss")
         return None
-    if "explore.py" in words[1]:
-        run_until([*words, "--port", str(free_port())], environment(), folder, "explore.py: http:")
+    if "explore.py" in words[0]:
+        command += ["--port", str(free_port())]
+        run_until(command, environment(), folder, "explore.py: http:")
         return None
-    return subprocess.run(words, cwd=folder, env=environment(), capture_output=True, text=True)
-
-
-def run_example(example, folder):
-    env = environment(PYTHONPATH=str(REPO))
-    return subprocess.run([sys.executable, "-c", example], cwd=folder, env=env, text=True,
-                          capture_output=True)  # fmt: skip
+    return python(words, folder)
 
 
 # ---- pages ---------------------------------------------------------------------------------

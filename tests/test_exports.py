@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from fakes import arr_0, noise, write_sample_folder
+from fakes import arr_0, noise, tiny_network, write_released, write_sample_folder
 from PIL import Image
 from runs import SMALL, Run, log_of, sample_in
 from safetensors.torch import load_file, save_file
@@ -125,6 +125,25 @@ def test_a_file_of_before_and_a_foreign_one(tmp_path, monkeypatch):
     # Half of the numbers, the same hash: what counts are the values.
     torch.save({k: t.half() for k, t in state.items()}, "half.th")
     assert weights_hash(load_model("half.th", device="cpu")) == weights_hash(model)
+
+
+def test_released_weights_are_exported(tmp_path, monkeypatch):
+    """In the released layouts, with `module.` before each name or without, and nothing beside."""
+    for name in ("source", "here"):
+        (tmp_path / name).mkdir()
+    prefix = "cifar10-seed0-iter-900000"
+    write_released(str(tmp_path / "source" / prefix), "cifar10")
+    run, network = sample_in(tmp_path / "source", tmp_path / "here", monkeypatch), tiny_network(32)
+    options = " ".join(["--hps cifar10", *network])
+    for name in ("model", "model-ema"):
+        run(f"{options} export --out {name}.safetensors", f"{prefix}-{name}.th")
+        content = metadata_of(f"{name}.safetensors")
+        assert content["preset"] == "cifar10" and content["hparams"]["width"] == 4
+        assert (content["mean"], content["std"]) == IMAGE_SETS["cifar10"][1:3]
+        assert content["label_names"] is None and content["images"] is None
+        run(f"{options} samples --n 3 --out {name}-a.npz", f"{prefix}-{name}.th")
+        run(f"samples --n 3 --out {name}-b.npz", f"{name}.safetensors")
+        assert np.array_equal(arr_0(f"{name}-a.npz"), arr_0(f"{name}-b.npz"))
 
 
 def test_what_does_not_fit_is_refused_in_one_line(run, trained, tmp_path):

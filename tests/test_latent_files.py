@@ -3,12 +3,13 @@
 import json
 import resource
 import shutil
+import zipfile
 from collections import namedtuple
 
 import numpy as np
 import pytest
 import torch
-from fakes import arr_0, nearly_equal, noise, write_sample_folder
+from fakes import RGB_RUN, arr_0, nearly_equal, noise, write_sample_folder
 from PIL import Image
 from runs import sample_in
 
@@ -16,6 +17,8 @@ import latent_files
 from batches import preprocess
 from errors import UserError
 from image_files import read_images
+from synthesis import latents_of
+from vae import VAE
 from weights import load_model, weights_hash
 
 
@@ -88,6 +91,23 @@ def test_it_goes_on_after_a_break(run, tmp_path, monkeypatch, capfd):
     assert not list(tmp_path.glob("none*"))
 
 
+def test_what_gives_no_finite_numbers_is_skipped(run, monkeypatch, capfd):
+    embed = VAE.embed
+
+    def overflowing(self, x, **how):
+        e = embed(self, x, **how).clone()
+        e[1, 3] = np.inf
+        return e
+
+    monkeypatch.setattr(VAE, "embed", overflowing)
+    with pytest.raises(UserError, match="1 of 3 images have no row in e.npz"):
+        run("embed a.png b.jpg pngs/00.png --out e.npz")
+    found = content("e.npz")
+    assert found["images"].tolist() == ["a.png", "pngs/00.png"]
+    assert found["embeddings"].shape[0] == 2 and np.isfinite(found["embeddings"]).all()
+    assert "skipped: b.jpg gave no finite numbers" in capfd.readouterr().err
+
+
 def test_decode_takes_it(run, tmp_path):
     run("embed pngs --n_batch 4 --out e.npz")
     run("decode e.npz --mean --n_batch 3 --out d.npz")
@@ -113,6 +133,9 @@ def test_decode_takes_it(run, tmp_path):
     np.savez("int.npz", embeddings=rows.astype(int))
     np.savez("layers.npz", embeddings=rows[:, :8], layers=np.array([[2, 2, 2]]))
     np.savez("empty.npz", embeddings=rows[:0])
+    np.savez("labels.npz", embeddings=rows, labels=["1", "2"])
+    with zipfile.ZipFile("e.npz") as whole, zipfile.ZipFile("short.npz", "w") as short:
+        short.writestr("embeddings.npy", whole.read("embeddings.npy")[: -3 * rows[0].nbytes])
     (tmp_path / "cut.npz").write_bytes((tmp_path / "e.npz").read_bytes()[:-3000])
     for name, words in (
         ("width", "100 numbers an image, where .* 8, 136, 264"),
@@ -120,10 +143,12 @@ def test_decode_takes_it(run, tmp_path):
         ("int", "not floats"),
         ("layers", "its layers are of other shapes"),
         ("empty", "it has no row"),
+        ("labels", "it has 2 labels for 11 images"),
+        ("short", "embeddings ends before its row 11"),
         ("cut", "not a zip file"),
     ):
         with pytest.raises(UserError, match=f"{name}.npz holds no latents.*{words}"):
-            run(f"decode {name}.npz --out out.npz")
+            run(f"decode {name}.npz --out out_{name}.npz")
 
 
 def test_rows_are_read_in_bounded_memory(tmp_path):
@@ -164,6 +189,10 @@ def test_embeddings_under_labels(run, tmp_path):
     run("decode eight.npz --mean --label none --out without.npz")
     own, given, without = (content(f"{n}.npz")["arr_0"] for n in ("own", "given", "without"))
     assert (own == given).all() and (own != without).any()
+    # One of latents tells under which it was encoded too.
+    run("encode a.png b.jpg --from_label 5 --label 3,8 --out l.npz")
+    made = content("l.npz")
+    assert made["from_label"].tolist() == ["5", "5"] and made["label"].tolist() == ["3", "8"]
 
 
 def test_files_that_name_weights_by_their_files_hash_stay_valid(run, tmp_path, capsys):
@@ -188,3 +217,25 @@ def test_files_that_name_weights_by_their_files_hash_stay_valid(run, tmp_path, c
     torch.save(state, "other.th")
     with pytest.raises(UserError, match="made with weights"):
         run("samples --n 5 --out pngs_made --n_batch 2", weights="other.th")
+
+
+def test_coloured_images(run, tmp_path):
+    """By way of an embedding and of latents: all three levels of a pixel count."""
+    weights = str(RGB_RUN / "latest-model-ema.th")
+    model = load_model(weights, device="cpu")
+    run("embed pngs --n_batch 4 --out e.npz", weights)
+    images = read_images([f"pngs/{i:02}.png" for i in range(11)], 8)
+    rows = content("e.npz")["embeddings"]
+    assert np.allclose(rows, model.embed(preprocess(images, model.H)[0]), atol=1e-4)
+    grey = np.repeat(images[..., :1], 3, axis=3)
+    assert not np.allclose(rows, model.embed(preprocess(grey, model.H)[0]), atol=1e-3)
+    run("decode e.npz --out d.npz --mean", weights)
+    direct = model.forward_samples_set_latents(11, model.unflatten(rows), mean=True)
+    assert direct.shape == (11, 8, 8, 3) and nearly_equal(arr_0("d.npz"), direct)
+    run("encode pngs --seed 5 --out l.npz", weights)
+    run("decode l.npz --seed 5 --out of_latents.npz", weights)
+    run("reconstruct pngs --seed 5 --out r.npz", weights)
+    assert np.array_equal(arr_0("of_latents.npz"), arr_0("r.npz"))
+    rate = content("l.npz")["rate001"]
+    stats = latents_of(model, images, range(11), 5)
+    assert np.allclose(rate, stats[1]["kl"].sum(dim=(1, 2, 3)) / (8 * 8 * 3), rtol=1e-4)

@@ -214,6 +214,12 @@ def test_motion_has_a_frame_a_step(run, suffix):
         assert abs(total - 125 * len(images)) <= 5
 
 
+def test_equal_frames_become_one_of_their_time(run):
+    run("interpolate a.png a.png --mean --steps 2 --out m.gif")
+    picture = Image.open("m.gif")
+    assert picture.n_frames == 1 and abs(picture.info["duration"] - 2 * 125) <= 5
+
+
 def test_other_commands_and_too_wide_a_row_make_no_motion(run):
     with pytest.raises(UserError, match="must not end in .gif; of interpolate, progressive also"):
         run("samples --out s.gif")

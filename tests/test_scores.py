@@ -5,13 +5,17 @@ import csv
 import numpy as np
 import pytest
 import torch
-from fakes import noise
+from fakes import RGB_RUN, noise
 from PIL import Image
 from runs import Run
 
+import scores
+from batches import of_channels, preprocess
 from data import load_digits
 from errors import UserError
 from hps import Hyperparams, get_hparams
+from image_sets import channels_of
+from noise import EVALUATION, image_generators, noise_of_images
 from pictures import picture_of
 from scores import scores_of
 from vae import VAE
@@ -63,6 +67,18 @@ def test_a_row_a_picture_in_their_order(run, tmp_path):
     assert float(row["iw_bits_per_dim"]) == pytest.approx(float(row["bits_per_dim"]))
 
 
+def test_rows_are_written_as_they_are_computed(run, tmp_path, monkeypatch):
+    lines, rows_of = [], scores.rows_of
+
+    def looking(*args):
+        lines.append(len((tmp_path / "scores.csv.partial").read_text().splitlines()))
+        return rows_of(*args)
+
+    monkeypatch.setattr(scores, "rows_of", looking)
+    run("score a.png b.jpg a.png --n_batch 1")
+    assert lines[1:] == [2, 3] and len(table()) == 3  # the first of them names the columns
+
+
 def test_over_a_test_set_the_mean_is_that_of_an_evaluation(run, tmp_path):
     _, _, test = load_digits(Hyperparams(image_channels=1))
     (tmp_path / "test").mkdir()
@@ -82,20 +98,30 @@ def test_over_a_test_set_the_mean_is_that_of_an_evaluation(run, tmp_path):
         assert column(table(), name).mean() == pytest.approx(float(said[name]), rel=1e-4), line
 
 
-def test_scores_under_labels(run):
+def test_scores_under_labels(run, tmp_path):
     run("score a.png b.jpg a.png --from_label 3,8 --out l.csv")
     rows = table("l.csv")
     assert [row["label"] for row in rows] == ["3", "8", "3"]
+    (tmp_path / "bad.png").write_text("no picture")
+    with pytest.raises(UserError, match="1 of 3 images have no figures"):
+        run("score bad.png a.png b.jpg --from_label 3,8 --out b.csv")
+    assert [row["label"] for row in table("b.csv")] == ["", "8", "3"]
     run("score a.png b.jpg --out n.csv")
     assert "label" not in table("n.csv")[0]
     assert abs(column(rows, "rate")[0] - column(table("n.csv"), "rate")[0]) > 1e-6
 
 
-def test_figures_of_arrays(folder):
-    model = load_model(folder / "ema.th", device="cpu")
-    images = noise(5, 8)
+@pytest.mark.parametrize("weights, layers", [("ema.th", 7), (RGB_RUN / "latest-model-ema.th", 2)])
+def test_figures_of_arrays(folder, weights, layers):
+    model = load_model(folder / weights, device="cpu")
+    images = of_channels(noise(5, 8), channels_of(model.H))
     figures = scores_of(model, images, range(5))
-    assert figures["rates"].shape == (7, 5)
+    assert figures["rates"].shape == (layers, 5)
+    # Those of the model itself under that noise, per level of a pixel.
+    with noise_of_images(image_generators(range(5), 0, EVALUATION)):
+        stats = model(*preprocess(images, model.H), per_image=True)
+    for name in ("distortion", "rate"):
+        assert np.allclose(figures[name], stats[name], rtol=1e-4)
     last = scores_of(model, images[3:], range(3, 5))
     assert np.allclose(last["bits_per_dim"], figures["bits_per_dim"][3:], rtol=1e-4)
 
