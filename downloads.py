@@ -1,8 +1,8 @@
 """Files from an address: fetched once, kept under a name that tells of which address they are."""
 
+import contextlib
 import filecmp
 import hashlib
-import http.client
 import json
 import os
 import shutil
@@ -54,7 +54,9 @@ def maybe_download(path, filename=None):
                     sys.stderr,
                 )
                 return filename
-            raise UserError(f"{path} can't be fetched ({error}): download it by hand") from None
+            raise UserError(
+                f"{path} can't be fetched ({error}): check the address, or download it by hand"
+            ) from None
         _check_opens(path, name, partial)
         unknown = os.path.isfile(filename) and not _address(filename)
         if not os.path.lexists(filename):
@@ -108,44 +110,52 @@ def _fetch(path, partial):
     """Writes what an address sends to a file.
 
     Raises:
-        UserError: if the server refuses, or the address is none.
-        ConnectionError: if it can't be reached, or breaks off.
+        UserError: if the server refuses.
+        ConnectionError: if it can't be reached, breaks off, or sends what is no HTTP.
         OSError: if the file can't be written.
     """
     try:
-        answer = urllib.request.urlopen(path, timeout=SILENCE_S)
+        with _naming_failures():
+            answer = urllib.request.urlopen(path, timeout=SILENCE_S)
+        with answer, open(partial, "wb") as file:
+            shutil.copyfileobj(_Reader(answer), file, 1 << 20)
+            length = answer.headers.get("Content-Length") or ""
+            if length.isdecimal() and int(length) != file.tell():
+                raise _Broken(f"it broke off after {file.tell():,} of {int(length):,} bytes")
     except urllib.error.HTTPError as error:
         remedy = "check the address" if error.code < 500 else "try again later"
         raise UserError(f"{path} can't be fetched ({error}): {remedy}") from None
-    except (OSError, http.client.HTTPException) as error:
-        raise ConnectionError(reason_of(error)) from None
-    except ValueError as error:  # no address at all
-        raise UserError(f"{path} can't be fetched ({error}): check the address") from None
-    with answer, open(partial, "wb") as file:
-        try:
-            shutil.copyfileobj(_Reader(answer), file, 1 << 20)
-        except _Broken as error:
-            raise ConnectionError(str(error)) from None
-        length = answer.headers.get("Content-Length")
-        if length and length.isdigit() and int(length) != file.tell():
-            raise ConnectionError(f"it broke off after {file.tell():,} of {int(length):,} bytes")
+    except _Broken as error:
+        raise ConnectionError(str(error)) from None
 
 
 class _Broken(Exception):
-    pass
+    """The address, its server or what that sends has failed: no error of the file written to."""
+
+
+@contextlib.contextmanager
+def _naming_failures():
+    """Makes _Broken of whatever an address and its server bring about.
+
+    Of which there is no list: OSError, HTTPException, ValueError, LookupError, UnicodeError...
+    """
+    try:
+        yield
+    except urllib.error.HTTPError:  # the server's word
+        raise
+    except Exception as error:
+        raise _Broken(reason_of(error)) from None
 
 
 class _Reader:
-    """An answer whose errors are not those of the file that it is written to."""
+    """An answer whose errors are _Broken."""
 
     def __init__(self, answer):
         self.answer = answer
 
     def read(self, n):
-        try:
+        with _naming_failures():
             return self.answer.read(n)
-        except (OSError, http.client.HTTPException) as error:
-            raise _Broken(reason_of(error)) from None
 
 
 def _check_opens(path, name, partial):

@@ -1,6 +1,7 @@
 """Files from addresses: each address's own, and nothing else under its name."""
 
 import contextlib
+import http.client
 import http.server
 import io
 import json
@@ -35,6 +36,23 @@ FILES = {
 }
 
 
+OK = b"HTTP/1.0 200 OK\r\n"
+ODD = {
+    "/odd.th": b"no HTTP at all\r\n\r\n",
+    "/silent.th": b"",
+    "/status.th": b"HTTP/1.1 many OK\r\n\r\n",
+    "/long.th": b"HTTP/1.1 200 " + 70_000 * b"x",
+    "/headers.th": OK + 200 * b"A: b\r\n",
+    "/cut.th": OK + b"Content-Length: 9\r\n\r\nabc",
+    "/chunks.th": OK.replace(b"1.0", b"1.1") + b"Transfer-Encoding: chunked\r\n\r\nzz\r\n",
+    "/there.th": b"HTTP/1.1 302 x\r\nLocation: http://[::1/m.th\r\n\r\n",
+    "/nowhere.th": b"HTTP/1.1 302 x\r\nLocation: http://h:port/m.th\r\n\r\n",
+    "/file.th": b"HTTP/1.1 302 x\r\nLocation: file:///etc/passwd\r\n\r\n",
+    "/name.th": b"HTTP/1.1 302 x\r\nLocation: http://a..b/m.th\r\n\r\n",
+    "/circle.th": b"HTTP/1.1 302 x\r\nLocation: /circle.th\r\n\r\n",
+}
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     """Its address; server.asked are the paths it was asked for."""
@@ -42,8 +60,8 @@ def server(tmp_path, monkeypatch):
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             asked.append(self.path)
-            if self.path == "/odd":
-                return self.wfile.write(b"no HTTP at all\r\n\r\n")
+            if self.path in ODD:
+                return self.wfile.write(ODD[self.path])
             if self.path == "/busy.th":
                 return self.send_error(503)
             content = FILES.get(self.path)
@@ -121,18 +139,37 @@ def test_what_does_not_open_is_not_kept(server):
         "/": "is the address of a folder",
         "/absent.th": "404.*check the address",
         "/busy.th": "503.*later",
-        "/odd": "can't be fetched",
+        **dict.fromkeys(ODD, "can't be fetched"),
         "/a b.th": "can't be fetched",
     }.items():
         with pytest.raises(UserError, match=words) as error:
             maybe_download(server.url + path)
         assert "\n" not in str(error.value) and ".part" not in str(error.value)
-    for address in ("http://", "http://[::1/m.th", "https://127.0.0.1:9/m.th", "http://h:x/m.th"):
-        with pytest.raises(UserError):
+    for address in (
+        *("http://", "http://[::1/m.th", "https://127.0.0.1:9/m.th", "http://h:x/m.th"),
+        *("http://a..b/m.th", f"http://{'a' * 70}.b/m.th", f"{server.url}/ü.th", "http:///m.th"),
+    ):
+        with pytest.raises(UserError, match="check the address|is the address of a folder"):
             maybe_download(address)
     assert os.listdir() == []
     assert maybe_download(server.url + "/log.jsonl") == "log.jsonl"
     assert json.loads(open("log.jsonl").read())["step"] == 1
+
+
+@pytest.mark.parametrize(
+    "error", [LookupError("unknown encoding: x"), AttributeError(), EOFError()]
+)
+def test_whatever_an_answer_raises_is_one_line(error, server, monkeypatch):
+    def fail(*_):
+        raise error
+
+    for name in ("begin", "read"):
+        with monkeypatch.context() as m:
+            m.setattr(http.client.HTTPResponse, name, fail)
+            with pytest.raises(UserError, match="can't be fetched .*by hand") as caught:
+                maybe_download(f"{server.url}/runA/latest-model-ema.th")
+            assert (str(error) or type(error).__name__) in str(caught.value)
+    assert os.listdir() == []
 
 
 def test_an_address_that_a_script_has_fetched(server):
