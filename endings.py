@@ -253,7 +253,7 @@ stop = _StopRequest()
 
 
 def _end_process(status, text, lost=False):
-    """Prints why and ends the process, and under MPI the others, whatever other threads do.
+    """Prints why and ends the process, and the others if its launcher can, whatever threads do.
 
     lost: the reason is another process, and text what this one noticed.
     """
@@ -284,10 +284,7 @@ def _end_process(status, text, lost=False):
             # Where all ranks fail alike, rank 0 speaks and ends the run while the others wait.
             time.sleep(1)
         print_ranked(text)
-    if me.launcher == "mpi":
-        from mpi4py import MPI
-
-        MPI.COMM_WORLD.Abort(status)
+    me.launcher.end_others(status)
     _exit(status)
 
 
@@ -313,10 +310,7 @@ def _leave(status):
                 time.sleep(0.02)
     if dist.is_initialized():
         dist.destroy_process_group()
-        if me.launcher == "mpi":
-            from mpi4py import MPI
-
-            MPI.Finalize()
+        me.launcher.leave()
     _exit(status)
 
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from errors import UserError, reason_of
-from launchers import first_host, port_of_job, world
+from launchers import port_of_job, world
 from options import DEFAULTS
 
 _store = None  # the processes' common table of keys and values, where there are several
@@ -26,7 +26,7 @@ def join_processes(device, port, timeout):
 
     Args:
         device: this process's, "cpu" or "cuda:<index>".
-        port: where rank 0 listens; under MPI a free one if it is taken, which the others are told.
+        port: where rank 0 listens; a free one if it is taken and the launcher can tell the others.
         timeout: seconds that a process waits for the others before it gives them up.
 
     Raises:
@@ -38,10 +38,10 @@ def join_processes(device, port, timeout):
     if me.size == 1 or dist.is_initialized():
         return
     limit = datetime.timedelta(0, timeout)
-    by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     try:
-        if me.launcher == "torchrun" and by_agent:
-            table, answer = _join_attempt(_connect(*_master(), me.size, limit))
+        if me.launcher.serves_store(os.environ):
+            place = me.launcher.meeting_point(os.environ)
+            table, answer = _join_attempt(_connect(*place, me.size, limit))
         else:
             table, answer = _join_job(port, limit), None
         _await_all(table, device, timeout, answer)
@@ -59,18 +59,6 @@ def join_processes(device, port, timeout):
             f"rank {me.rank} of {me.size} could not join the others within {timeout:g} s "
             f"({reason_of(error)[:200]}): check that all ranks start, that their hosts reach each "
             f"other, and --port"
-        ) from None
-
-
-def _master():
-    """(host, port) that RANK's launcher names."""
-    try:
-        return os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    except (KeyError, ValueError):
-        raise UserError(
-            f"the launcher's variables lead to no meeting point: MASTER_ADDR is "
-            f"{os.environ.get('MASTER_ADDR')!r}, MASTER_PORT {os.environ.get('MASTER_PORT')!r}; "
-            f"start through torchrun, or set a host and a port"
         ) from None
 
 
@@ -122,19 +110,19 @@ def _join_job(port, limit):
     A process that meets another job's table writes nothing there.
     """
     me = world()
-    job, host = me.job, first_host(os.environ)
-    if me.launcher == "torchrun":
-        host, port = _master()
-    elif port == DEFAULTS["port"]:  # none was given
-        port = port_of_job(job, port)
+    job, launcher = me.job, me.launcher
+    if place := launcher.meeting_point(os.environ):
+        host, port = place
+    else:
+        host = launcher.host(os.environ)
+        if port == DEFAULTS["port"]:  # none was given
+            port = port_of_job(job, port)
     if me.rank == 0:
-        table = _listen(port, me.size, limit, else_free=me.launcher == "mpi")
+        table = _listen(port, me.size, limit, else_free=launcher.joins)
         table.set("job", job or "")
-    if me.launcher == "mpi":
-        from mpi4py import MPI
-
+    if launcher.joins:
         mine = "127.0.0.1" if me.local_size == me.size else socket.gethostname()
-        host, port = MPI.COMM_WORLD.bcast((mine, table.port) if me.rank == 0 else None, root=0)
+        host, port = launcher.from_rank_0((mine, table.port) if me.rank == 0 else None)
     if me.rank != 0:
         table = _connect(host, port, me.size, limit)
         found = table.get("job").decode()

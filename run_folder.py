@@ -11,6 +11,7 @@ from pathlib import Path
 from checkpoints import holds_run, remove_run, repair_checkpoints
 from errors import UserError, remedy_of
 from file_systems import REMEDY, refusal, try_file_system
+from launchers import is_later_attempt
 from logs import flush_log
 from options import OPTIONS, setting
 from own_images import keep_image_record
@@ -37,15 +38,6 @@ def make_run_folder(folder):
         os.makedirs(folder, exist_ok=True)
     except OSError as error:
         raise not_written(f"--save_dir: {folder}", error, "made") from None
-
-
-# Counts of a launcher that starts a job anew after a failure.
-RESTART_COUNTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-
-
-def is_later_attempt(env):
-    """Whether a launcher has started this job before: what lies in its folder is its own."""
-    return any(env.get(name, "").strip("0 ").isdigit() for name in RESTART_COUNTS)
 
 
 def enter_folder(H, logprint):

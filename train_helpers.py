@@ -102,7 +102,7 @@ def setup_mpi(H):
     torch.backends.cudnn.benchmark = setting(H, "cudnn_benchmark")
     join_processes(device, setting(H, "port"), setting(H, "timeout"))
     start_watch(setting(H, "timeout"))
-    if world().launcher == "torchrun":  # an agent that dies of a signal leaves its processes alone
+    if world().launcher.forsakes:
         die_with_parent(signal.SIGTERM)
 
 

@@ -1,5 +1,6 @@
 """Jobs that start: what each launcher tells, two jobs side by side, processes that do not meet."""
 
+import ctypes
 import itertools
 import subprocess
 import time
@@ -11,7 +12,16 @@ from runs import BIN, ENV, ROOT, SMALL, Run, check_latest, command, events, free
 import launchers
 import processes
 from errors import UserError
-from launchers import World, find_world, first_host, port_of_job, resolve_device
+from launchers import (
+    HANDS,
+    MPIEXEC,
+    SLURM,
+    World,
+    find_world,
+    first_host,
+    port_of_job,
+    resolve_device,
+)
 
 STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NODELIST": "localhost"}
 LONG = [
@@ -39,10 +49,10 @@ def hands(rank, size, port):
     return env | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def job(argv, folder, environments):
+def job(argv, folder, environments, wrap=None):
     folder.mkdir()
     return [
-        Run([*argv, "--save_dir", folder], folder / f"out{rank}", None, env)
+        Run([*argv, "--save_dir", folder], folder / f"out{rank}", wrap, env)
         for rank, env in enumerate(environments)
     ]
 
@@ -62,17 +72,17 @@ def wait_until_saved(folder, runs):
 @pytest.mark.parametrize(
     "env, world",
     [
-        (slurm(3, 4), World(3, 4, 3, 4, "slurm")),
-        (slurm(1, 2, "77"), World(1, 2, 1, 2, "slurm", "slurm 77.0.0")),
+        (slurm(3, 4), World(3, 4, 3, 4, SLURM)),
+        (slurm(1, 2, "77"), World(1, 2, 1, 2, SLURM, "slurm 77.0.0")),
         (slurm(1, 2, "7") | {"SLURM_RESTART_COUNT": "2"},
-         World(1, 2, 1, 2, "slurm", "slurm 7.0.2")),
+         World(1, 2, 1, 2, SLURM, "slurm 7.0.2")),
         # srun that speaks PMI itself
-        (slurm(1, 2) | {"PMI_RANK": "1", "PMI_SIZE": "2"}, World(1, 2, 1, 2, "slurm")),
-        (slurm(1, 2) | {"PMIX_RANK": "1"}, World(1, 2, 1, 2, "slurm")),
+        (slurm(1, 2) | {"PMI_RANK": "1", "PMI_SIZE": "2"}, World(1, 2, 1, 2, SLURM)),
+        (slurm(1, 2) | {"PMIX_RANK": "1"}, World(1, 2, 1, 2, SLURM)),
         # set by hand, one process a host
-        ({"RANK": "1", "WORLD_SIZE": "2"}, World(1, 2, 0, 1, "torchrun")),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, World(1, 2, 0, 1, HANDS)),
         ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"},
-         World(1, 4, 1, 2, "torchrun")),
+         World(1, 4, 1, 2, HANDS)),
         ({"WORLD_SIZE": "1"}, World()),
         ({"SLURM_PROCID": "0", "SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}, World()),  # a script
         ({"SLURM_NTASKS": "4", "SLURM_JOB_ID": "7"}, World()),  # salloc's shell
@@ -96,12 +106,12 @@ def test_world_of_mpi_is_that_of_its_library(variables, monkeypatch):
     """Which, in this test, knows three processes: where there is one, the library is another's."""
     asked = []
     monkeypatch.setattr(
-        launchers, "_mpi_world", lambda size: asked.append(size) or World(2, 3, 0, 1, "mpi")
+        launchers, "_mpi_world", lambda size: asked.append(size) or World(2, 3, 0, 1, MPIEXEC)
     )
     env = dict(zip(variables, ("2", "3"), strict=False))
     # within a job of SLURM, whose variables are then those of mpiexec's proxy
     for more in ({}, slurm(0, 1)):
-        assert find_world(env | more).launcher == ("slurm" if more and len(env) == 1 else "mpi")
+        assert find_world(env | more).launcher is (SLURM if more and len(env) == 1 else MPIEXEC)
     assert asked[0] == (3 if len(variables) == 2 else None)
 
 
@@ -115,6 +125,13 @@ def test_world_of_mpi_is_that_of_its_library(variables, monkeypatch):
         ({"PMI_RANK": "0"}, ["without PMI_SIZE"]),
         ({"SLURM_PROCID": "1"}, ["SLURM_PROCID", "without SLURM_NTASKS"]),
         ({"PMIX_RANK": "1"}, ["PMIX_RANK", "sees 1"]),
+        ({"LOCAL_RANK": "1"}, ["LOCAL_RANK", "without LOCAL_WORLD_SIZE"]),
+        ({"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, ["LOCAL_RANK", "not known here"]),
+        ({"FLUX_TASK_RANK": "0", "FLUX_JOB_SIZE": "4"}, ["FLUX_TASK_RANK", "not known here"]),
+        ({"PALS_RANKID": "1"}, ["PALS_RANKID", "without PMI_SIZE"]),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_ID": "0"}, ["SLURM_NTASKS is not set"]),
+        (slurm(0, 2) | {"SLURM_LOCALID": ""}, ["SLURM_LOCALID", "''"]),
+        ({k: v for k, v in slurm(0, 2).items() if k != "SLURM_LOCALID"}, ["SLURM_LOCALID"]),
         ({"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "5"}, ["started 5", "sees 1"]),
     ],
 )
@@ -125,13 +142,17 @@ def test_what_is_known_by_half_is_refused(env, words):
 
 
 @pytest.mark.parametrize(
-    "visible, local_rank, device",
-    [(1, 3, "cuda:0"), (1, 0, "cuda:0"), (4, 3, "cuda:3"), (8, 2, "cuda:2"), (2, 2, None)],
-)
-def test_devices(visible, local_rank, device, monkeypatch):
+    "visible, local_rank, per_task, device",
+    [(1, 3, None, "cuda:0"), (1, 0, None, "cuda:0"), (4, 3, None, "cuda:3"),
+     (8, 2, None, "cuda:2"), (2, 2, None, None), (2, 2, "1", None),
+     (2, 3, "2", "cuda:0"), (2, 1, "a100:2", "cuda:0"), (4, 3, "1", "cuda:3")],
+)  # fmt: skip
+def test_devices(visible, local_rank, per_task, device, monkeypatch):
+    """per_task GPUs are a task's own, unless the job was asked to show all of them to each."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: visible)
-    monkeypatch.setattr(launchers, "world", lambda: World(local_rank, 8, local_rank, 8, "slurm"))
+    env = slurm(local_rank, 8) | ({"SLURM_GPUS_PER_TASK": per_task} if per_task else {})
+    monkeypatch.setattr(launchers, "world", lambda: find_world(env))
     if device:
         assert resolve_device("auto") == device
     else:
@@ -144,9 +165,9 @@ def test_two_ranks_on_one_gpu_are_named(monkeypatch):
     monkeypatch.setattr(processes, "_identity_of", lambda device: f"GPU-{device}")
     ranks = {"cuda:0": 0, "cuda:1": 1}
     for device, rank in ranks.items():
-        monkeypatch.setattr(processes, "world", lambda rank=rank: World(rank, 3, rank, 3, "slurm"))
+        monkeypatch.setattr(processes, "world", lambda rank=rank: World(rank, 3, rank, 3, SLURM))
         table.set(f"device/{rank}", f"GPU-{device}")
-    monkeypatch.setattr(processes, "world", lambda: World(2, 3, 2, 3, "slurm"))
+    monkeypatch.setattr(processes, "world", lambda: World(2, 3, 2, 3, SLURM))
     with pytest.raises(UserError, match="ranks 0 and 2 have the same GPU"):
         processes._await_all(table, "cuda:0", 1)
     processes._await_all(table, "cuda:2", 1)
@@ -171,6 +192,9 @@ def test_the_first_host(nodes, first, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     expected = f"{nodes}-of-scontrol" if "[" in nodes else first
     assert first_host({"SLURM_STEP_NODELIST": nodes}) == expected
+    for broken in ("#!/bin/sh\nexit 1\n", "no program"):
+        scontrol.write_text(broken)
+        assert first_host({"SLURM_STEP_NODELIST": nodes}) == first
 
 
 def test_ports_follow_from_jobs():
@@ -222,14 +246,29 @@ def test_a_second_job_on_the_port_of_the_first_ends_alone(kind, tmp_path, monkey
     assert [run.wait()[0] for run in first] == [143, 143]
 
 
+def _tells_with_whom_it_ends():
+    import train
+
+    original = train.set_up_data
+
+    def wrapped(H):
+        number = ctypes.c_int()
+        ctypes.CDLL(None).prctl(2, ctypes.byref(number), 0, 0, 0)  # PR_GET_PDEATHSIG
+        print(f"it gets signal {number.value} when its parent ends", flush=True)
+        return original(H)
+
+    train.set_up_data = wrapped
+
+
 def test_without_a_local_rank_two_processes_are_one_run(tmp_path):
+    """Whose shells may end, as those of nohup do."""
     environments = [hands(r, 2, port) for port in [free_port()] for r in range(2)]
     for env in environments:
         del env["LOCAL_RANK"]
-    runs = job(SHORT, tmp_path / "run", environments)
+    runs = job(SHORT, tmp_path / "run", environments, _tells_with_whom_it_ends)
     for run in runs:
         status, text = run.wait()
-        assert status == 0, text
+        assert status == 0 and "it gets signal 0 when" in text, text
     assert any("x 2 processes" in e.get("message", "") for e in events(tmp_path / "run" / "test"))
 
 

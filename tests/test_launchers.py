@@ -5,7 +5,7 @@ import torch
 
 import launchers
 from errors import UserError
-from launchers import World, find_world, resolve_device
+from launchers import HANDS, SLURM, World, find_world, resolve_device
 
 SRUN = {"SLURM_PROCID": "3", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4",
         "SLURM_LOCALID": "1", "SLURM_STEP_TASKS_PER_NODE": "2(x2)"}  # fmt: skip
@@ -18,9 +18,9 @@ TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE
     "env, world",
     [
         ({}, World()),
-        (TORCHRUN, World(5, 8, 1, 4, "torchrun")),
-        (SRUN, World(3, 4, 1, 2, "slurm")),
-        (SRUN | TORCHRUN, World(5, 8, 1, 4, "torchrun")),  # torchrun inside srun
+        (TORCHRUN, World(5, 8, 1, 4, HANDS)),
+        (SRUN, World(3, 4, 1, 2, SLURM)),
+        (SRUN | TORCHRUN | {"TORCHELASTIC_RUN_ID": "none"}, World(5, 8, 1, 4, launchers.TORCHRUN)),
         ({"SLURM_PROCID": "0", "SLURM_NTASKS": "4"}, World()),  # a batch script, no job step
     ],
 )
@@ -52,10 +52,10 @@ def test_device(monkeypatch):
         resolve_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(launchers, "world", lambda: World(5, 8, 1, 4, "torchrun"))
+    monkeypatch.setattr(launchers, "world", lambda: World(5, 8, 1, 4, HANDS))
     assert resolve_device("auto") == resolve_device("cuda") == "cuda:1"
     assert resolve_device("cpu") == resolve_device(torch.device("cpu")) == "cpu"
     assert resolve_device("cuda:0") == resolve_device(torch.device("cuda:0")) == "cuda:0"
-    monkeypatch.setattr(launchers, "world", lambda: World(6, 8, 2, 4, "torchrun"))
+    monkeypatch.setattr(launchers, "world", lambda: World(6, 8, 2, 4, HANDS))
     with pytest.raises(UserError, match="local rank 2.*this host has 2"):
         resolve_device("auto")

@@ -9,7 +9,7 @@ from runs import SMALL, Run, check_latest, events, hashes
 
 import train
 from checkpoints import holds_run, remove_run
-from run_folder import is_later_attempt
+from launchers import is_later_attempt
 
 SHORT = [*SMALL, "--num_epochs", "1"]
 

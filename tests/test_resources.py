@@ -26,7 +26,7 @@ from runs import ENV, ROOT, SMALL, Run, check_latest, hashes, start
 import resources
 import turns
 from errors import UserError
-from launchers import World
+from launchers import SLURM, World
 
 RUN = [*SMALL, "--num_epochs", "1", "--iters_per_save", "4"]
 
@@ -279,7 +279,7 @@ def ranks(monkeypatch):
     table, rank = dist.HashStore(), threading.local()
     table.set_timeout(datetime.timedelta(seconds=LIMIT_S))
     monkeypatch.setattr(turns, "store", lambda: table)
-    monkeypatch.setattr(turns, "world", lambda: World(rank.rank, 2, rank.rank, 2, "slurm"))
+    monkeypatch.setattr(turns, "world", lambda: World(rank.rank, 2, rank.rank, 2, SLURM))
     monkeypatch.setattr(turns, "SIGN_S", 0.02)
     monkeypatch.setattr(turns, "_numbers", itertools.repeat(0))
 
@@ -290,7 +290,7 @@ def ranks(monkeypatch):
             rank.rank = i
             # The thread of the signs of life asks as this rank.
             monkeypatch.setattr(
-                turns, "world", lambda: World(getattr(rank, "rank", 0), 2, 0, 2, "slurm")
+                turns, "world", lambda: World(getattr(rank, "rank", 0), 2, 0, 2, SLURM)
             )
             try:
                 results[i] = function(i)
