@@ -34,6 +34,12 @@ def reason_of(error):
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+# A disk of the network, or one in user space (FUSE), that has gone.
+UNREACHABLE = {
+    errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.ENODEV, errno.ENXIO, errno.EHOSTDOWN,
+    errno.EHOSTUNREACH, errno.ECONNABORTED,
+}  # fmt: skip
+
 _REMEDIES = {
     "make room": (errno.ENOSPC, errno.EDQUOT),
     "raise the limit on the size of a file (ulimit -f)": (errno.EFBIG,),
@@ -42,7 +48,7 @@ _REMEDIES = {
     "move away what stands there": (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY),
     "shorten it": (errno.ENAMETOOLONG,),
     "allow more open files (ulimit -n)": (errno.EMFILE, errno.ENFILE),
-    "look after the disk": (errno.EIO, errno.ESTALE),
+    "look after the disk": (errno.EIO, *UNREACHABLE),
 }
 
 

@@ -6,14 +6,14 @@ import os
 import shutil
 from pathlib import Path
 
-from errors import UserError
+from errors import UNREACHABLE, UserError
 from files import fsync
 
 # No trait of a file system, but its state: there may be room, or rights, another time.
 STATE = {
     getattr(errno, name)
-    for name in "ENOSPC EDQUOT EFBIG EROFS EIO ENOMEM EMFILE ENFILE ESTALE EINTR".split()
-}
+    for name in "ENOSPC EDQUOT EFBIG EROFS EIO ENOMEM EMFILE ENFILE EINTR".split()
+} | UNREACHABLE
 REMEDY = "choose a folder on another one with --save_dir, such as a local disk"
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from checkpoints import holds_run, remove_run, repair_checkpoints
 from errors import UserError, remedy_of
-from file_systems import REMEDY, refusal, try_file_system
+from file_systems import REMEDY, STATE, refusal, try_file_system
 from launchers import is_later_attempt
 from logs import flush_log
 from options import OPTIONS, setting
@@ -182,6 +182,8 @@ def _lock(folder, path):
         except OSError as error:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 raise _InUse(folder, _owner(file)) from None
+            if error.errno in STATE:
+                raise not_written(path, error, "locked") from None
             remedy = f"{REMEDY}, or have this one mounted with locks (Lustre: -o flock)"
             raise refusal(folder, "lock a file", error, remedy) from None
         try:

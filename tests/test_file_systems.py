@@ -18,6 +18,7 @@ import file_systems
 import files
 import outputs
 import packing
+import run_folder
 from checkpoints import complete_checkpoints, repair_checkpoints, write_checkpoint
 from errors import UserError
 from hps import Hyperparams
@@ -368,6 +369,20 @@ def test_a_trial_says_what_is_refused_and_removes_itself(call, what, tmp_path, m
         m.setattr(os, call, refusing(getattr(os, call), errno.ENOSPC))
         with pytest.raises(OSError, match="No space"):
             file_systems.try_file_system(tmp_path)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize("name", ["EROFS", "EDQUOT", "ESTALE", "EIO", "ENOTCONN"])
+@pytest.mark.parametrize("call", ["mkdir", "lockf", "symlink", "replace", "rename", "fsync"])
+def test_a_disk_in_a_bad_state_is_not_blamed_for_what_it_lacks(call, name, tmp_path, monkeypatch):
+    """What helps is another than where a file system knows no such call; nothing is left."""
+    owner = run_folder.fcntl if call == "lockf" else os
+    monkeypatch.setattr(owner, call, refusing(getattr(owner, call), getattr(errno, name)))
+    with pytest.raises(UserError) as error:
+        run_folder.lock_run(str(tmp_path / call / "run"))
+    remedies = {"EROFS": "mount it", "EDQUOT": "make room"}
+    said = f"({os.strerror(getattr(errno, name))}): {remedies.get(name, 'look after the disk')}"
+    assert said in str(error.value) and "refuses" not in str(error.value)
     assert not [*tmp_path.iterdir()]
 
 
