@@ -27,6 +27,7 @@ ANSWER_S = 4  # seconds that the others have to answer: their threads look twice
 ALIVE_S = 2  # seconds between signs of life
 LOOK_S = 0.5  # seconds between looks at them
 SILENT_S = 5  # without a sign of life for so long, a rank is lost
+START_S = 60  # the same before the first step: a long import may hold all threads
 ASLEEP_S = 4  # a thread that did not run for so long was suspended with its process, or its host
 
 _last_step = None  # time of this process's last sign of progress; None before its first step
@@ -84,14 +85,18 @@ class _Watch:
             if count != self.signs.get(r, (None,))[0]:
                 self.signs[r] = count, time.monotonic()
 
+    def patience(self):
+        """Seconds without a sign of life after which a rank is lost."""
+        return START_S if _last_step is None else SILENT_S
+
     def silent(self):
-        """The ranks that gave no sign of life for SILENT_S."""
-        now = time.monotonic()
-        return [r for r, (_, when) in list(self.signs.items()) if now - when > SILENT_S]
+        """The ranks that gave no sign of life for so long."""
+        since = time.monotonic() - self.patience()
+        return [r for r, (_, when) in list(self.signs.items()) if when < since]
 
     def unanswered(self):
-        """Whether the table itself is gone, or has not answered for SILENT_S."""
-        return self.lost or time.monotonic() - self.answered > SILENT_S
+        """Whether the table itself is gone, or has not answered for so long."""
+        return self.lost or time.monotonic() - self.answered > self.patience()
 
     def look(self):
         """Ends this process where that is called for."""
@@ -101,14 +106,13 @@ class _Watch:
                 self.answered = now
                 self.signs = {r: (sign, now) for r, (sign, _) in self.signs.items()}
             self.looked = now
-            begun = _last_step is not None  # before, a long import may hold all threads
-            stuck = begun and now - _last_step > self.timeout
+            stuck = _last_step is not None and now - _last_step > self.timeout
             if self.ending or self.lost:
                 text = "another process has ended"
             elif stuck:
                 text = f"no step for {self.timeout:g} s"
-            elif begun and (self.unanswered() or self.silent()):
-                text = f"no sign of life from another process for {SILENT_S} s"
+            elif self.unanswered() or self.silent():
+                text = f"no sign of life from another process for {self.patience()} s"
             else:
                 continue
             if not _left.is_set():
@@ -187,11 +191,12 @@ def _place():
 # ---- signals -------------------------------------------------------------------------------
 
 
-# What schedulers send before a limit, or may be asked to send. One that is ignored stays ignored.
+# What schedulers send before a limit, or may be asked to send: all that end a process and tell of
+# no fault. One that is ignored, or that a library has taken (a profiler's), stays so.
 SIGNALS = [
-    getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGURG", "SIGPWR")
-    if hasattr(signal, name)
+    getattr(signal, f"SIG{name}")
+    for name in "TERM INT HUP USR1 USR2 XCPU URG PWR QUIT ALRM VTALRM PROF IO STKFLT".split()
+    if hasattr(signal, f"SIG{name}")
 ]
 
 
@@ -217,7 +222,7 @@ class _StopRequest:
 
     def listen(self):
         for number in SIGNALS:
-            if signal.getsignal(number) is not signal.SIG_IGN:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 signal.signal(number, self._note)
 
     def _note(self, number, _):

@@ -316,8 +316,8 @@ def first_host(env):
 
 def is_later_attempt(env):
     """Whether a launcher has started this job before: what lies in its folder is its own."""
-    counts = (env.get(launcher.restart_count, "") for launcher in LAUNCHERS)
-    return any(count.strip("0 ").isdigit() for count in counts)
+    names = [launcher.restart_count for launcher in LAUNCHERS if launcher.restart_count]
+    return any(env.get(name, "").strip("0 ").isdigit() for name in names)
 
 
 def lone_warning(env):

@@ -159,15 +159,22 @@ class Signal:
         setattr(train, name, wrapped)
 
 
+def quick_watch():
+    """In the process: what its watch notices after 5 s it notices after 2, and asks for 1 s."""
+    import endings
+
+    endings.ALIVE_S, endings.LOOK_S, endings.SILENT_S, endings.ANSWER_S = 0.5, 0.1, 2, 1
+
+
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
 
 
-def start(size, argv, folder, wrap=None, **environ):
+def start(size, argv, folder, wrap=None, port=None, **environ):
     """`size` processes as srun starts them, each with a file of what it prints."""
-    port = free_port()
+    port = port or free_port()
     return [
         Run(
             [*argv, "--save_dir", folder, "--port", port],
@@ -230,24 +237,20 @@ def launch(launcher, n, args, cwd, port):
     """The finished n processes of train.py: a list of CompletedProcess, one for all or one each."""
     script = [str(ROOT / "train.py"), *args]
     if launcher == "slurm":
-        script = [sys.executable, *script, "--port", str(port)]
         step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": str(n), "SLURM_STEP_NODELIST": "",
                 "SLURM_STEP_TASKS_PER_NODE": str(n), "MASTER_ADDR": "127.0.0.1"}  # fmt: skip
-        tasks = [
-            subprocess.Popen(
-                script,
-                cwd=cwd,
-                env=environment(**step, SLURM_PROCID=str(i), SLURM_LOCALID=str(i)),
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for i in range(n)
-        ]
-        outputs = [task.communicate(timeout=600) for task in tasks]
+        with tempfile.TemporaryDirectory() as folder:
+            files = [[Path(folder, f"{name}{i}") for name in ("out", "errors")] for i in range(n)]
+            tasks = [
+                Run([*args, "--port", str(port)], out, None,
+                    step | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)}, cwd, errors)
+                for i, (out, errors) in enumerate(files)
+            ]  # fmt: skip
+            statuses = [task.wait()[0] for task in tasks]
+            texts = [[path.read_text() for path in paths] for paths in files]
         return [
-            subprocess.CompletedProcess(script, task.returncode, *output)
-            for task, output in zip(tasks, outputs, strict=True)
+            subprocess.CompletedProcess(script, status, *text)
+            for status, text in zip(statuses, texts, strict=True)
         ]
     if launcher == "mpiexec":
         command = [BIN / "mpiexec", "-n", str(n), sys.executable, *script, "--port", str(port)]

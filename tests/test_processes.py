@@ -1,17 +1,30 @@
 """Runs of several processes: how they meet."""
 
+import contextlib
 import socket
-import subprocess
-import sys
 
 import pytest
-from runs import ROOT, TINY, environment, free_port, launch, log_of
+from runs import TINY, Run, free_port, launch, log_of
+
+import processes
+
+
+@contextlib.contextmanager
+def taken_port():
+    """A port on which another program listens."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        yield s.getsockname()[1]
 
 
 @pytest.mark.parametrize("launcher", ["mpiexec", "torchrun", "slurm"])
 def test_two_processes_train(launcher, tmp_path):
-    for done in launch(launcher, 2, TINY, tmp_path, free_port()):
-        assert done.returncode == 0, done.stdout + done.stderr
+    """Under mpiexec on another port where its own is taken."""
+    with contextlib.ExitStack() as stack:
+        port = stack.enter_context(taken_port()) if launcher == "mpiexec" else free_port()
+        for done in launch(launcher, 2, TINY, tmp_path, port):
+            assert done.returncode == 0, done.stdout + done.stderr
     run = tmp_path / "saved_models" / "test"
     events = log_of(run)
     hparams = {e["key"]: e["value"] for e in events if e.get("type") == "hparam"}
@@ -27,28 +40,19 @@ def test_two_processes_train(launcher, tmp_path):
     ]
 
 
-def test_mpiexec_finds_another_port_where_its_own_is_taken(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        s.listen()
-        [done] = launch("mpiexec", 2, TINY, tmp_path, s.getsockname()[1])
-    assert done.returncode == 0, done.stderr
-    assert log_of(tmp_path / "saved_models" / "test")
+def _impatient():
+    processes.PORT_S = 1
 
 
 def test_slurm_names_a_port_that_is_taken(tmp_path):
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        s.listen()
-        port = s.getsockname()[1]
+    with taken_port() as port:
         [done] = launch("slurm", 1, TINY, tmp_path, port)
         assert done.returncode == 0  # one task needs no port
-        rank_0 = environment(
-            SLURM_PROCID="0", SLURM_LOCALID="0", SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2",
-            MASTER_ADDR="127.0.0.1",
-        )  # fmt: skip
-        command = [sys.executable, ROOT / "train.py", *TINY, "--port", str(port)]
-        done = subprocess.run(command, cwd=tmp_path, env=rank_0, capture_output=True, text=True)
-    assert done.returncode == 2
-    assert f"port {port} is taken" in done.stderr and "--port" in done.stderr
-    assert done.stderr.count("\n") == 1
+        rank_0 = {
+            "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0",
+            "SLURM_STEP_NUM_TASKS": "2", "MASTER_ADDR": "127.0.0.1",
+        }  # fmt: skip
+        argv = [*TINY, "--port", str(port), "--save_dir", tmp_path]
+        status, text = Run(argv, tmp_path / "out", _impatient, rank_0).wait()
+    assert status == 2 and f"port {port} is taken" in text and "--port" in text
+    assert text.count("\n") == 1

@@ -3,11 +3,10 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import pytest
-from runs import BIN, ENV, ROOT, SMALL, Run, check_latest, command, events, start
+from runs import BIN, SMALL, Run, check_latest, command, events, start
 
 from endings import SIGNALS
 
@@ -32,7 +31,7 @@ def lives(pid):
 
 
 def test_what_schedulers_send_is_known():
-    known = {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"}
+    known = {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGQUIT", "SIGALRM"}
     assert known <= set(NAMES)
 
 
@@ -106,18 +105,14 @@ def test_a_signal_to_the_launcher(launcher, name, tmp_path):
 
 def test_a_loader_worker_ends_with_its_process(tmp_path):
     """Killed outright, a process leaves no worker that keeps its sockets."""
-    argv = [*RUN, "--save_dir", str(tmp_path), "--num_workers", "1"]
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *argv], cwd=ROOT, env=ENV, stdout=subprocess.DEVNULL
-    )
-    wait_until_saved(tmp_path, lambda: process.poll() is None)
-    children = f"/proc/{process.pid}/task/{process.pid}/children"
-    with open(children) as file:
+    run = Run([*RUN, "--save_dir", tmp_path, "--num_workers", "1"], tmp_path / "out")
+    wait_until_saved(tmp_path, lambda: run.process.exitcode is None)
+    pid = run.process.pid
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
         workers = file.read().split()
     assert workers
-    process.kill()
-    process.wait()
-    deadline = time.monotonic() + 4  # torch's own workers look for their process every 5 s
-    while any(map(lives, workers)):
+    run.kill()
+    deadline = time.monotonic() + 4
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.02)
