@@ -31,6 +31,7 @@ START_S = 60  # the same before the first step: a long import may hold all threa
 ASLEEP_S = 4  # a thread that did not run for so long was suspended with its process, or its host
 
 _last_step = None  # time of this process's last sign of progress; None before its first step
+_began = 0.0  # time of its first
 _left = threading.Event()  # set when all has gone well and no process is missed any more
 _ending = threading.Lock()  # held by whichever thread ends the process
 
@@ -40,7 +41,8 @@ _ending = threading.Lock()  # held by whichever thread ends the process
 
 def heartbeat(step=None):
     """Tells the watch, and with a step the other processes too, that this process goes on."""
-    global _last_step
+    global _last_step, _began
+    _began = time.monotonic() if _last_step is None else _began
     _last_step = time.monotonic()
     if store() is not None and step is not None:
         store().set(f"step/{world().rank}", str(step))
@@ -89,14 +91,20 @@ class _Watch:
         """Seconds without a sign of life after which a rank is lost."""
         return START_S if _last_step is None else SILENT_S
 
+    def long_ago(self, when):
+        """Whether what was heard last at that time has been silent for longer than patience.
+
+        Which begins anew with the first step: another rank's start may have held its threads.
+        """
+        return time.monotonic() - max(when, _began) > self.patience()
+
     def silent(self):
         """The ranks that gave no sign of life for so long."""
-        since = time.monotonic() - self.patience()
-        return [r for r, (_, when) in list(self.signs.items()) if when < since]
+        return [r for r, (_, when) in list(self.signs.items()) if self.long_ago(when)]
 
     def unanswered(self):
         """Whether the table itself is gone, or has not answered for so long."""
-        return self.lost or time.monotonic() - self.answered > self.patience()
+        return self.lost or self.long_ago(self.answered)
 
     def look(self):
         """Ends this process where that is called for."""

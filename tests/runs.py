@@ -44,10 +44,14 @@ def environment(**extra):
 
 ENV = environment(PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
 
+# What a run imports by and by, of its own and through torch: two of a short one's three seconds. A
+# process that has them forks others that begin at once.
+IMPORTS = (
+    "train sklearn.model_selection sklearn.datasets torch._dynamo "
+    "torch.fx.experimental.symbolic_shapes matplotlib.figure matplotlib.backends.backend_agg"
+).split()
 _server = multiprocessing.get_context("forkserver")
-_server.set_forkserver_preload(
-    ["runs", "train", "sample", "plot", "sklearn.model_selection", "sklearn.datasets"]
-)
+_server.set_forkserver_preload(["runs", *IMPORTS])
 
 
 def _started(target, args):

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 
-from runs import ENV, ROOT, SMALL, check_latest
+from runs import ENV, IMPORTS, ROOT, SMALL, check_latest
 
 SCRIPT = re.search(
     r"```sbatch\n(.*?)```", (ROOT / "docs" / "reliability.md").read_text(), re.DOTALL
@@ -16,8 +16,7 @@ SCRIPT = re.search(
 # they have saved, and ends with the highest status.
 SRUN = """#!{python}
 import os, pathlib, signal, sys, time
-import sklearn.datasets, sklearn.model_selection
-import train
+import {imports}
 
 assert sys.argv[1] == "python"
 tasks = []
@@ -46,7 +45,7 @@ def test_the_job_goes_on_by_itself(tmp_path):
     script = SCRIPT.replace("train.py --hps imagenet64", f"{ROOT / 'train.py'} {words}")
     script = script.replace("--resume", "--resume --n_batch 50 --iters_per_save 4 $MORE")
     assert script.count(words) == 1 and "--signal=USR1@" in script and "--requeue" in script
-    commands = {"srun": SRUN.format(python=sys.executable),
+    commands = {"srun": SRUN.format(python=sys.executable, imports=", ".join(IMPORTS)),
                 "scontrol": '#!/bin/sh\necho "$@" >>requeued\n'}  # fmt: skip
     for name, text in commands.items():
         (tmp_path / name).write_text(text)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import ENV, ROOT, SMALL, check_latest, hashes
+from runs import ENV, IMPORTS, ROOT, SMALL, check_latest, hashes
 from torch import nn
 
 import file_systems
@@ -122,8 +122,7 @@ int unlinkat(int d, const char *a, int flags) {
 # Runs train.py in a fork for each case, {name: [{FAULT_CALL: errno}, arguments]}.
 RUNS = """
 import json, os, sys
-import sklearn.datasets, sklearn.model_selection
-import train
+import IMPORTS
 
 cases, out = json.load(sys.stdin), sys.argv[1]
 for name, (faults, argv) in cases.items():
@@ -135,7 +134,8 @@ for name, (faults, argv) in cases.items():
         train.run_command(train.main)
     status = os.waitstatus_to_exitcode(os.wait()[1])
     print(json.dumps([name, status]), flush=True)
-"""
+""".replace("IMPORTS", ", ".join(IMPORTS))
+
 
 RUN = [*SMALL, "--iters_per_save", "4", "--iters_per_ckpt", "10", "--num_epochs", "1"]
 
