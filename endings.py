@@ -185,7 +185,9 @@ def _roll_call(what):
     # In a thread of its own: over a dead link an answer may never come.
     asking = threading.Thread(target=ask_and_excuse, daemon=True)
     asking.start()
-    asking.join(2 * ANSWER_S + 1)
+    deadline = time.monotonic() + 2 * ANSWER_S + 1
+    while asking.is_alive() and time.monotonic() < deadline and not _watch.unanswered():
+        asking.join(LOOK_S)
     return to_blame or others or gone
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import sys
+import traceback
 
 import torch
 
@@ -49,6 +50,8 @@ def shortage(error, remedy=None):
         text = f"out of memory: {text}"
     elif isinstance(error, OSError) and error.errno in _SHORT:
         text = os.strerror(error.errno)
+    elif isinstance(error, OSError) and _of_semaphore(error):
+        text = f"no shared memory: {os.strerror(error.errno)}"
     elif not re.search(r"DataLoader|memory|ancdata|new thread|</torch_|open files", text):
         return None
     for pattern, what, helps in SHORTAGES:
@@ -59,6 +62,12 @@ def shortage(error, remedy=None):
             reason = reason.partition(". Details are lost")[0]
             return f"{what} ({reason.strip()[:200]}): {remedy or helps}"
     return None
+
+
+def _of_semaphore(error):
+    """Whether multiprocessing could not make one of its locks, which lie in /dev/shm."""
+    places = traceback.extract_tb(error.__traceback__)
+    return bool(places) and places[-1].filename.endswith("synchronize.py")
 
 
 _SHORT = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM)

@@ -129,9 +129,9 @@ class Dies:
 
         step, save = train.training_step, train.save
 
-        def faulty_step(*args):
-            strike_if(self.where == "step" and args[-1] == 6)
-            return step(*args)
+        def faulty_step(*args, **options):
+            strike_if(self.where == "step" and args[6] == 6)
+            return step(*args, **options)
 
         def faulty_save(*args, last=False):
             strike_if(self.where == "save" and last)

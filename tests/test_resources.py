@@ -130,6 +130,12 @@ def _small_shm():
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "none", "/dev/shm"], check=True)
 
 
+def _no_shm():
+    """One that can't be written, or is not there at all."""
+    _small_shm()
+    subprocess.run(["mount", "-o", "remount,ro", "/dev/shm"], check=True)
+
+
 def _kill_a_worker(number):
     """In the third step."""
     import train
@@ -161,13 +167,17 @@ _mountable = _unshare and not subprocess.run(["unshare", "-m", "true"], stderr=-
             _small_shm, "shared memory", "--shm-size",
             marks=pytest.mark.skipif(not _mountable, reason="no right to mount here"),
         ),
+        pytest.param(
+            _no_shm, "shared memory", "--shm-size",
+            marks=pytest.mark.skipif(not _mountable, reason="no right to mount here"),
+        ),
         (functools.partial(_kill_a_worker, signal.SIGKILL), "killed", "--num_workers"),
         pytest.param(
             functools.partial(_kill_a_worker, signal.SIGBUS), "shared memory", "--shm-size",
             marks=pytest.mark.slow,
         ),
     ],
-    ids="files-4 files-14 fork shm killed bus".split(),
+    ids="files-4 files-14 fork shm no-shm killed bus".split(),
 )  # fmt: skip
 def test_a_run_that_loads_in_processes(fault, what, remedy, tmp_path):
     """It can go on where it was, with the remedy."""
