@@ -327,6 +327,12 @@ def check_latest(folder):
     return state["step"]
 
 
+def saved_step(folder):
+    """The step of the set under the `latest` names of a run that may save meanwhile."""
+    with contextlib.suppress(FileNotFoundError):
+        return json.loads(Path(folder, "latest-state.json").read_text())["step"]
+
+
 def assert_same(folder, whole):
     """That a run in pieces left what the run in one go did."""
     assert hashes(folder) == hashes(whole)

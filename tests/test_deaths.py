@@ -6,7 +6,7 @@ import time
 
 import pytest
 from faulty_train import Fault
-from runs import SMALL, check_latest, free_port, start
+from runs import SMALL, free_port, saved_step, start
 
 RUN = [*SMALL, "--n_batch", "40", "--num_epochs", "1", "--iters_per_print", "1",
        "--iters_per_save", "4", "--resume"]  # fmt: skip
@@ -40,7 +40,7 @@ class AsOverNccl:
 def test_a_lost_rank_is_noticed_where_no_socket_breaks(number, tmp_path):
     runs = start(2, [*RUN, "--timeout", "600"], tmp_path, AsOverNccl(number))
     try:
-        while not check_latest(tmp_path / "test"):
+        while not saved_step(tmp_path / "test"):
             assert runs[0].process.exitcode is None
             time.sleep(0.02)
         lost = time.monotonic()
@@ -180,15 +180,14 @@ def test_the_times_of_deaths(where, rank, size, workers, tmp_path):
 def test_a_job_that_is_suspended_goes_on(tmp_path):
     """As schedulers and laptops do it: all processes stop, and are continued much later."""
     runs = start(2, [*RUN, "--num_epochs", "100000", "--timeout", "20"], tmp_path)
-    while not check_latest(tmp_path / "test"):
-        assert all(run.process.exitcode is None for run in runs), runs[0].output.read_text()
+    while not saved_step(tmp_path / "test"):
         time.sleep(0.02)
     for number, seconds in ((signal.SIGSTOP, 15), (signal.SIGCONT, 0)):
         for run in runs:
             os.kill(run.process.pid, number)
         time.sleep(seconds)  # the very thing: a time in which nothing runs
-    saved = check_latest(tmp_path / "test")
-    while check_latest(tmp_path / "test") < saved + 40:
+    saved = saved_step(tmp_path / "test")
+    while saved_step(tmp_path / "test") < saved + 40:
         assert all(run.process.exitcode is None for run in runs), runs[0].output.read_text()[-999:]
         time.sleep(0.05)
     time.sleep(8)  # longer than a lost rank takes to be noticed

@@ -8,7 +8,20 @@ import time
 import pytest
 import torch
 from faulty_train import Fault
-from runs import BIN, ENV, ROOT, SMALL, Run, check_latest, command, events, free_port, hashes, start
+from runs import (
+    BIN,
+    ENV,
+    ROOT,
+    SMALL,
+    Run,
+    check_latest,
+    command,
+    events,
+    free_port,
+    hashes,
+    saved_step,
+    start,
+)
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import endings
@@ -51,8 +64,8 @@ def job(argv, folder, environments, wrap=None):
 
 
 def wait_until_saved(folder, runs):
-    deadline = time.monotonic() + 6000
-    while not check_latest(folder / "test"):
+    deadline = time.monotonic() + 120
+    while not saved_step(folder / "test"):
         assert time.monotonic() < deadline and all(r.process.exitcode is None for r in runs), (
             folder / "out0"
         ).read_text()[-2000:]
@@ -235,9 +248,9 @@ def test_a_second_job_on_the_port_of_the_first_ends_alone(kind, tmp_path, monkey
         assert status == 2 and str(port) in line and "--port" in line, text
         assert ("is taken" if rank == 0 else "is that of another job") in line
     assert not (tmp_path / "second" / "test").exists()
-    saved = check_latest(tmp_path / "first" / "test")
-    deadline = time.monotonic() + 600
-    while check_latest(tmp_path / "first" / "test") == saved:  # it goes on
+    saved = saved_step(tmp_path / "first" / "test")
+    deadline = time.monotonic() + 60
+    while saved_step(tmp_path / "first" / "test") == saved:  # it goes on
         assert time.monotonic() < deadline
         time.sleep(0.05)
     first[0].process.terminate()

@@ -11,7 +11,19 @@ import imageio.v3 as imageio
 import numpy as np
 import pytest
 from faulty_train import Fault
-from runs import BIN, ENV, ROOT, SMALL, check_latest, events, free_port, hashes, quick_watch, start
+from runs import (
+    BIN,
+    ENV,
+    ROOT,
+    SMALL,
+    check_latest,
+    events,
+    free_port,
+    hashes,
+    quick_watch,
+    saved_step,
+    start,
+)
 
 TIMEOUT = 6
 RUN = [*SMALL, "--n_batch", "40", "--num_epochs", "1", "--iters_per_print", "1",
@@ -62,7 +74,7 @@ def test_one_rank_fails(size, kind, whole, tmp_path):
     runs = start(size, [*RUN, *timeout], tmp_path, Noticed(kind, 1, 6))
     try:
         failed = time.monotonic()
-        while not (check_latest(tmp_path / "test") or runs[0].process.exitcode):
+        while not (saved_step(tmp_path / "test") or runs[0].process.exitcode):
             failed = time.monotonic()
             time.sleep(0.05)
         for rank, run in enumerate(runs):

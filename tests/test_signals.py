@@ -6,7 +6,7 @@ import subprocess
 import time
 
 import pytest
-from runs import BIN, SMALL, Run, check_latest, command, events, start
+from runs import BIN, SMALL, Run, check_latest, command, events, saved_step, start
 
 from endings import SIGNALS
 
@@ -15,8 +15,8 @@ NAMES = [s.name for s in SIGNALS]
 
 
 def wait_until_saved(folder, alive):
-    deadline = time.monotonic() + 6000
-    while not check_latest(folder / "test"):
+    deadline = time.monotonic() + 120
+    while not saved_step(folder / "test"):
         assert time.monotonic() < deadline and alive()
         time.sleep(0.05)
 
@@ -63,9 +63,9 @@ def test_what_is_ignored_stays_ignored(tmp_path):
     run = Run([*RUN, "--save_dir", tmp_path], tmp_path / "out", _ignore_hangups)
     wait_until_saved(tmp_path, lambda: run.process.exitcode is None)
     os.kill(run.process.pid, signal.SIGHUP)
-    saved = check_latest(tmp_path / "test")
-    deadline = time.monotonic() + 600
-    while check_latest(tmp_path / "test") <= saved + 4:
+    saved = saved_step(tmp_path / "test")
+    deadline = time.monotonic() + 60
+    while saved_step(tmp_path / "test") <= saved + 4:
         assert run.process.exitcode is None and time.monotonic() < deadline
         time.sleep(0.05)
     os.kill(run.process.pid, signal.SIGUSR2)
