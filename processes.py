@@ -2,7 +2,9 @@
 
 import datetime
 import os
+import queue
 import socket
+import threading
 import time
 import uuid
 
@@ -68,7 +70,7 @@ def _connect(host, port, size, limit):
     while True:  # the store's own attempts print a page for each that fails
         try:
             socket.create_connection((host, port), timeout=limit.total_seconds()).close()
-            return dist.TCPStore(host, port, size, False, limit, wait_for_workers=False)
+            return _client(host, port, size, limit)
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(
@@ -77,6 +79,31 @@ def _connect(host, port, size, limit):
                     f"reaches it by that name, and --port"
                 ) from None
             time.sleep(0.1)
+
+
+def _client(host, port, size, limit):
+    """A client of a store.
+
+    Raises:
+        TimeoutError: where what listens there is silent, for which the store itself has no limit.
+    """
+    result = queue.SimpleQueue()
+
+    def connect():
+        try:
+            table = dist.TCPStore(host, port, size, False, limit, wait_for_workers=False)
+            result.put((table, None))
+        except Exception as error:
+            result.put((None, error))
+
+    threading.Thread(target=connect, daemon=True).start()
+    try:
+        table, error = result.get(timeout=limit.total_seconds() + 1)
+    except queue.Empty:
+        raise TimeoutError("it is silent: another program's perhaps") from None
+    if error:
+        raise error
+    return table
 
 
 def _listen(port, size, limit, else_free):

@@ -1,7 +1,9 @@
 """Jobs that start: what each launcher tells, two jobs side by side, processes that do not meet."""
 
 import ctypes
+import datetime
 import os
+import socket
 import subprocess
 import time
 
@@ -293,6 +295,15 @@ def test_a_rank_that_does_not_come(missing, tmp_path):
     [line] = [line for line in text.splitlines() if "error" in line]
     assert status == 2 and "within 1 s" in line and time.monotonic() - began < 40, text
     assert missing == 0 or "no sign of rank 1" in line
+
+
+def test_a_port_on_which_something_else_is_silent_is_named():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        s.listen()
+        port = s.getsockname()[1]
+        with pytest.raises(UserError, match=rf"port {port}, does not answer .*it is silent"):
+            processes._connect("127.0.0.1", port, 2, datetime.timedelta(seconds=0.2))
 
 
 def test_a_host_that_can_not_be_resolved(tmp_path):
