@@ -66,7 +66,7 @@ def job(argv, folder, environments, wrap=None):
 
 
 def wait_until_saved(folder, runs):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 6000
     while not saved_step(folder / "test"):
         assert time.monotonic() < deadline and all(r.process.exitcode is None for r in runs), (
             folder / "out0"
@@ -251,7 +251,7 @@ def test_a_second_job_on_the_port_of_the_first_ends_alone(kind, tmp_path, monkey
         assert ("is taken" if rank == 0 else "is that of another job") in line
     assert not (tmp_path / "second" / "test").exists()
     saved = saved_step(tmp_path / "first" / "test")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while saved_step(tmp_path / "first" / "test") == saved:  # it goes on
         assert time.monotonic() < deadline
         time.sleep(0.05)
@@ -293,7 +293,7 @@ def test_a_rank_that_does_not_come(missing, tmp_path):
     began = time.monotonic()
     status, text = run.wait()
     [line] = [line for line in text.splitlines() if "error" in line]
-    assert status == 2 and "within 1 s" in line and time.monotonic() - began < 40, text
+    assert status == 2 and "within 1 s" in line and time.monotonic() - began < 200, text
     assert missing == 0 or "no sign of rank 1" in line
 
 
@@ -325,11 +325,11 @@ def beside(kind, name, argv, folder):
             slurm(r, 2, name) if kind == "slurm" else hands(r, 2, 29500) for r in range(2)
         ]
         runs = job(argv, folder, environments)
-        return lambda: [run.wait(170) for run in runs]
+        return lambda: [run.wait(600) for run in runs]
     words = {"mpiexec": ("-n", "2"), "torchrun": ("--nproc_per_node", "2")}[kind]
     output = folder.with_suffix(".out")
     process = command(argv, (BIN / kind, *words), stdout=open(output, "w"))
-    return lambda: [(process.wait(170), output.read_text())]
+    return lambda: [(process.wait(600), output.read_text())]
 
 
 @pytest.mark.slow
@@ -367,7 +367,6 @@ ELASTIC = {
 
 # Two epochs: 26 steps.
 TWICE = [*SMALL, "--n_batch", "50", "--num_epochs", "2", "--iters_per_save", "4", "--resume"]
-TWICE += ["--timeout", "6"]
 
 
 def elastic(form, kind, folder):
@@ -375,9 +374,10 @@ def elastic(form, kind, folder):
     words = [str(free_port()) if w == "PORT" else w for w in ELASTIC[form]]
     words = [BIN / "torchrun", "--nproc_per_node", "2", "--max-restarts", "2", *words]
     script = [ROOT / "tests" / "faulty_train.py", kind, "1", "6", *TWICE, "--save_dir", folder]
+    script += ["--timeout", "6"] if kind in ("stop", "hang") else []
     done = subprocess.run(
         [*words, *script], cwd=ROOT, env=ENV | {"FIRST_ATTEMPT_ALONE": "1"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=240,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=600,
     )  # fmt: skip
     return done.returncode, done.stdout
 

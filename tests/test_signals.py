@@ -15,7 +15,7 @@ NAMES = [s.name for s in SIGNALS]
 
 
 def wait_until_saved(folder, alive):
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 6000
     while not saved_step(folder / "test"):
         assert time.monotonic() < deadline and alive()
         time.sleep(0.05)
@@ -64,7 +64,7 @@ def test_what_is_ignored_stays_ignored(tmp_path):
     wait_until_saved(tmp_path, lambda: run.process.exitcode is None)
     os.kill(run.process.pid, signal.SIGHUP)
     saved = saved_step(tmp_path / "test")
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while saved_step(tmp_path / "test") <= saved + 4:
         assert run.process.exitcode is None and time.monotonic() < deadline
         time.sleep(0.05)
@@ -112,7 +112,7 @@ def test_a_loader_worker_ends_with_its_process(tmp_path):
         workers = file.read().split()
     assert workers
     run.kill()
-    deadline = time.monotonic() + 4
+    deadline = time.monotonic() + 4  # torch's own workers look for their process every 5 s
     while any(os.path.exists(f"/proc/{pid}") for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.02)

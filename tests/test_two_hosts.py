@@ -144,7 +144,7 @@ class Launched:
         return [pid for name in NAMES for pid in training(name)]
 
     def statuses(self):
-        return [process.wait(120) for process in self.processes]
+        return [process.wait(600) for process in self.processes]
 
     def end(self):
         end(self.processes)
@@ -155,7 +155,7 @@ def test_a_link_is_cut(kind, link, tmp_path):
     """Both ends stop with a message in bounded time; with the link mended, both go on."""
     job = kind(tmp_path, "--num_epochs", "100000")
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while not saved_step(tmp_path / "test"):
             assert time.monotonic() < deadline, (tmp_path / "out0").read_text()[-3000:]
             time.sleep(0.1)
@@ -169,7 +169,7 @@ def test_a_link_is_cut(kind, link, tmp_path):
             time.sleep(0.1)
         assert len(noticed) == 2, [(tmp_path / f"out{r}").read_text()[-3000:] for r in range(2)]
         while job.alive():
-            assert time.monotonic() < cut + 120
+            assert time.monotonic() < cut + 300
             time.sleep(0.1)
         print(f"noticed after {noticed[0]:.1f} and {noticed[1]:.1f} s")
     finally:
