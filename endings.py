@@ -202,12 +202,23 @@ def _place():
 
 
 # What schedulers send before a limit, or may be asked to send: all that end a process and tell of
-# no fault. One that is ignored, or that a library has taken (a profiler's), stays so.
+# no fault. One that is ignored stays so.
 SIGNALS = [
     getattr(signal, f"SIG{name}")
     for name in "TERM INT HUP USR1 USR2 XCPU URG PWR QUIT ALRM VTALRM PROF IO STKFLT".split()
     if hasattr(signal, f"SIG{name}")
 ]
+
+# A profiler's, or a network library's, where it has taken them before the run begins.
+TIMERS = {getattr(signal, f"SIG{name}", None) for name in ("ALRM", "VTALRM", "PROF", "IO")}
+
+
+def _caught():
+    """The signals that this process catches: of one caught in C Python does not know (Linux)."""
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as file:
+        bits = int(next(line for line in file if line.startswith("SigCgt")).split()[1], 16)
+        return {number for number in range(1, 65) if bits >> (number - 1) & 1}
+    return set()
 
 
 class Stopped(Exception):
@@ -231,8 +242,11 @@ class _StopRequest:
     interrupted = None  # time of the first SIGINT
 
     def listen(self):
+        caught = _caught()
         for number in SIGNALS:
-            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+            handler = signal.getsignal(number)
+            taken = number in TIMERS and (number in caught or handler is not signal.SIG_DFL)
+            if not taken and handler not in (signal.SIG_IGN, None):
                 signal.signal(number, self._note)
 
     def _note(self, number, _):

@@ -84,10 +84,12 @@ def _int_from(env, name, default=None):
     try:
         return int(text)
     except (TypeError, ValueError):
-        found = "is not set" if text is None else f"is {text!r}"
+        found, remedy = f"is {text!r}", "unset it"
+        if text is None:
+            found, remedy = "is not set", "unset what a launcher has left in this shell"
         raise UserError(
             f"environment variable {name} {found}: its launcher must set a whole number; "
-            f"start through torchrun, mpiexec or srun, or unset it"
+            f"start through torchrun, mpiexec or srun, or {remedy}"
         ) from None
 
 
@@ -121,7 +123,7 @@ class Torchrun(Hands):
     """torchrun, and what is built on it."""
 
     restart_count = "TORCHELASTIC_RESTART_COUNT"
-    forsakes = True  # of signals other than TERM, INT and HUP
+    forsakes = True  # of signals other than TERM, INT, HUP and QUIT
 
     def started(self, env):
         return "TORCHELASTIC_RUN_ID" in env
@@ -155,7 +157,7 @@ class Slurm(Launcher):
         # "2(x3),1": two tasks on each of three nodes, one on the fourth.
         per_node = re.match(r"\d+", env.get("SLURM_STEP_TASKS_PER_NODE", "1"))
         local_size = int(per_node[0]) if per_node else 1
-        local_rank = _int_from(env, "SLURM_LOCALID", 0 if local_size == 1 else None)
+        local_rank = _int_from(env, "SLURM_LOCALID", 0)
         names = ("SLURM_JOB_ID", "SLURM_STEP_ID", self.restart_count)
         job = "slurm " + ".".join(env.get(name, "0") for name in names)
         # "2", or "a100:2"; without it, all GPUs of the job are shown to each task.
@@ -261,7 +263,7 @@ def find_world(env):
 
 # Pairs of launchers that are not known here, of which one tells that there may be others.
 FOREIGN = (
-    ("LOCAL_RANK", "LOCAL_WORLD_SIZE"),
+    ("LOCAL_RANK", "WORLD_SIZE"),
     ("FLUX_TASK_RANK", "FLUX_JOB_SIZE"),
     ("PALS_RANKID", "PMI_SIZE"),
     ("ALPS_APP_PE", "PMI_SIZE"),

@@ -51,7 +51,7 @@ def shortage(error, remedy=None):
     elif isinstance(error, OSError) and error.errno in _SHORT:
         text = os.strerror(error.errno)
     elif isinstance(error, OSError) and _of_semaphore(error):
-        text = f"no shared memory: {os.strerror(error.errno)}"
+        text = f"no shared memory: {error.strerror or error}"
     elif not re.search(r"DataLoader|memory|ancdata|new thread|</torch_|open files", text):
         return None
     for pattern, what, helps in SHORTAGES:

@@ -8,6 +8,8 @@ import pytest
 from faulty_train import Fault
 from runs import SMALL, free_port, saved_step, start
 
+import endings
+
 RUN = [*SMALL, "--n_batch", "40", "--num_epochs", "1", "--iters_per_print", "1",
        "--iters_per_save", "4", "--resume"]  # fmt: skip
 ROOM_S = 90  # that tests allow on a busy machine beyond what is promised on an idle one
@@ -32,6 +34,18 @@ class AsOverNccl:
             return original(H, x, target, vae, ema_vae, optimizer, iterate)
 
         train.training_step = wrapped
+
+
+def test_patience_begins_anew_with_the_first_step(monkeypatch):
+    watch, now = object.__new__(endings._Watch), time.monotonic()
+    watch.signs = {1: ("3", now - 50)}
+    monkeypatch.setattr(endings, "_last_step", None)
+    assert not watch.silent()  # a start may take as long
+    monkeypatch.setattr(endings, "_last_step", now)
+    monkeypatch.setattr(endings, "_began", now)
+    assert not watch.silent()
+    monkeypatch.setattr(endings, "_began", now - 6)
+    assert watch.silent() == [1]
 
 
 @pytest.mark.parametrize(

@@ -70,8 +70,8 @@ def test_one_rank_fails(size, kind, whole, tmp_path):
     With two processes it goes on to the same bits. With three, the sum of three gradients may be
     rounded otherwise: after its first step, DistributedDataParallel lays them out anew.
     """
-    timeout = ["--timeout", "3"] if kind == "hang" else []
-    runs = start(size, [*RUN, *timeout], tmp_path, Noticed(kind, 1, 6))
+    limit_s = 3 if kind == "hang" else None
+    runs = start(size, RUN, tmp_path, Noticed(kind, 1, 6, limit_s=limit_s))
     try:
         failed = time.monotonic()
         while not (saved_step(tmp_path / "test") or runs[0].process.exitcode):

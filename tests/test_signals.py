@@ -1,5 +1,6 @@
 """Signals: each that a scheduler sends saves and ends the run, and no more than that."""
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import time
 import pytest
 from runs import BIN, SMALL, Run, check_latest, command, events, saved_step, start
 
+import endings
 from endings import SIGNALS
 
 RUN = [*SMALL, "--n_batch", "40", "--num_epochs", "100000", "--iters_per_save", "4", "--resume"]
@@ -33,6 +35,22 @@ def lives(pid):
 def test_what_schedulers_send_is_known():
     known = {"SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGQUIT", "SIGALRM"}
     assert known <= set(NAMES)
+
+
+def test_a_timer_that_a_library_has_taken_stays_its_own():
+    """By Python or by C, of which Python does not know."""
+    request, handlers = endings._StopRequest(), {n: signal.getsignal(n) for n in SIGNALS}
+    in_c, own = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: None), lambda *_: None
+    try:
+        signal.signal(signal.SIGPROF, own)
+        ctypes.CDLL(None).signal(int(signal.SIGVTALRM), in_c)
+        request.listen()
+        assert signal.getsignal(signal.SIGPROF) is own
+        assert signal.getsignal(signal.SIGVTALRM) == signal.SIG_DFL
+        assert signal.getsignal(signal.SIGALRM) == request._note
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +131,6 @@ def test_a_loader_worker_ends_with_its_process(tmp_path):
     assert workers
     run.kill()
     deadline = time.monotonic() + 4  # torch's own workers look for their process every 5 s
-    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
+    while any(map(lives, workers)):
         assert time.monotonic() < deadline
         time.sleep(0.02)
