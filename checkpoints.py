@@ -297,21 +297,23 @@ def remove_old_checkpoints(folder, keep):
 
 
 # What a run makes in its folder, beside its lock and the folder `sets`.
-_REPLACED = (
-    rf"({_PREFIXES})-(" + "|".join(map(re.escape, FILE_NAMES)) + r")|(samples|rates)-\d+\.png"
+_OURS = (
+    rf"({_PREFIXES})-(" + "|".join(map(re.escape, FILE_NAMES)) + r")"
+    r"|log\.(jsonl|txt)|images\.json|samples-\d+\.png|rates-(\d+|test)\.png"
+    r"|events\.out\.tfevents\..+"
 )
-_OURS = _REPLACED + (r"|log\.(jsonl|txt)|images\.json|rates-test\.png|events\.out\.tfevents\..+")
 
 
 def holds_run(folder):
-    """Whether a folder has what a run makes and the next would replace, or a step's log.
+    """Whether a run has left something in a folder: a checkpoint, latest-model.th, a step's log.
 
-    That is a checkpoint, any file under the name of one of its files, or a picture of a step.
+    Or the best of a run whose large files have been deleted.
     """
     try:
         if complete_checkpoints(folder) or any(_copies(folder)):
             return True
-        if any(re.fullmatch(_REPLACED, name) for name in os.listdir(folder)):
+        names = "latest-model.th", "best-model-ema.th"
+        if any(os.path.lexists(os.path.join(folder, name)) for name in names):
             return True
         log = os.path.join(folder, "log.jsonl")
         if not_regular(log):  # which flush_log then says

@@ -208,8 +208,12 @@ def _tiff(image, data):
         # Uncompressed, Pillow takes each byte for a level. The strips are the channels' rows.
         parts = [data[at : at + n] for at, n in zip(strips, tags[279], strict=True)]
         levels = np.frombuffer(b"".join(parts), "<u2" if data[:2] == b"II" else ">u2")
-        shape = (len(image.getbands()), image.height, image.width)
-        return levels.reshape(shape).transpose(1, 2, 0).astype(np.int64), DIVIDED
+        levels = levels.reshape(len(image.getbands()), tags[257], tags[256])
+        levels, turn = levels.transpose(1, 2, 0).astype(np.int64), tags.get(274)
+        # As Pillow turns what it loads, and then knows of no turn any more.
+        levels = levels.transpose(1, 0, 2) if turn in (5, 6, 7, 8) else levels
+        levels = levels[::-1] if turn in (3, 4, 7, 8) else levels
+        return levels[:, ::-1] if turn in (2, 3, 6, 7) else levels, DIVIDED
     twelve = image.tile[0].args[0] == "I;12"
     levels, note = _raw(image, data)
     if levels is not None and twelve:

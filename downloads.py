@@ -58,11 +58,12 @@ def maybe_download(path, filename=None):
                 f"{path} can't be fetched ({error}): check the address, or download it by hand"
             ) from None
         _check_opens(path, name, partial)
-        unknown = os.path.isfile(filename) and not _address(filename)
+        # Nobody knows of what address it is, or another process has just fetched it.
+        same = os.path.isfile(filename) and _address(filename) in (None, path)
         if not os.path.lexists(filename):
             os.replace(partial, filename)
-        elif unknown and filecmp.cmp(partial, filename, shallow=False):
-            pass  # from before addresses were kept, or copied here
+        elif same and filecmp.cmp(partial, filename, shallow=False):
+            pass
         else:
             if os.path.lexists(own_name) and not filecmp.cmp(partial, own_name, shallow=False):
                 raise UserError(f"{own_name} is not what {path} sends any more: move it away")

@@ -45,6 +45,7 @@ def _plain(value):
 
 
 _buffer = None  # (path, line) of a run that has not begun to write, see buffer_log
+_prefixes = set()  # of the logs that this process writes
 _unshown = None  # texts that the terminal has not got yet, likewise
 
 
@@ -86,11 +87,11 @@ def flush_log():
 def print_and_log(log_prefix, text):
     """A line of a run's start from rank 0's code that has no logger: as one of utils.logger.
 
-    log_prefix: H.logdir; where no run has written or buffers lines there, it is printed alone.
+    log_prefix: H.logdir; where this process has no log there, it is printed alone.
     """
     if world().rank:
         return
-    if log_prefix and (is_buffered() or os.path.exists(f"{log_prefix}.jsonl")):
+    if log_prefix and (is_buffered() or log_prefix in _prefixes):
         log_event(log_prefix, [text], False, {})
     else:
         print_line(one_line(text))
@@ -113,6 +114,7 @@ def log_event(log_prefix, args, pprint, figures):
 
     Hyperparameters go to the files alone: the terminal has the run's summary.
     """
+    _prefixes.add(log_prefix)
     event = {"time": time.ctime()}
     if args:
         event["message"] = " ".join(str(arg) for arg in args)

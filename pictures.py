@@ -188,7 +188,7 @@ def draw_curves(path, runs):
         """The ticks that a logarithmic axis names, as numbers."""
 
         def __call__(self, value, position=None):
-            return f"{value:.3g}" if super().__call__(value, position) else ""
+            return f"{value:.6g}" if super().__call__(value, position) else ""
 
     figure = Figure(figsize=(12, 8), layout="constrained")
     (by_step, by_time), (norms, skips) = figure.subplots(2, 2)

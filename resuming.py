@@ -38,7 +38,7 @@ class Progress:
         self.position, self.skips = resumed.get("position", 0), resumed.get("skips", 0)
         self.best = resumed.get("best") or {"elbo": lowest, "step": None}
         self.stale = resumed.get("stale", 0)
-        self.saved_best = saved_best(H.save_dir) if H.resumed else self.best["elbo"]
+        self.saved_best = saved_best(H.save_dir) if setting(H, "resume") else self.best["elbo"]
         self.stats = deque(resumed.get("stats", ()), maxlen=H.iters_per_print)
 
     def advance(self, stats, n_images):
@@ -97,6 +97,8 @@ def find_start(H, logprint):
             lock_run(H.save_dir)
         newest = newest_checkpoint(H.save_dir, logprint)
         if newest is None and not any(starting_paths(H)):
+            if not (H.test_eval or setting(H, "dry_run")):
+                refuse_a_lone_best(H.save_dir)
             refuse_half_a_checkpoint(H.save_dir)
         return newest
 
@@ -182,18 +184,21 @@ def name_of(stem):
     return stem.removesuffix(os.sep) if stem.endswith(os.sep) else f"{stem}*"
 
 
-def refuse_half_a_checkpoint(folder):
-    """Holds a folder without a checkpoint against what half a copy of one leaves.
-
-    Raises:
-        UserError: for files of `latest` or iter-N without the state.json or the weights beside, or
-            a best-model-ema.th without its own, which is of no run that was here.
-    """
+def refuse_a_lone_best(folder):
+    """Raises UserError for a best-model-ema.th without its state, which is of no run here."""
     if Path(folder, "best-model-ema.th").exists() and not Path(folder, "best-state.json").exists():
         raise UserError(
             f"--resume: {folder} holds best-model-ema.th without best-state.json, which a new run "
             f"would replace, and nothing to go on from: move it away, or name another --desc"
         )
+
+
+def refuse_half_a_checkpoint(folder):
+    """Holds a folder without a checkpoint against what half a copy of one leaves.
+
+    Raises:
+        UserError: for files of `latest` or iter-N without the state.json or the weights beside.
+    """
     complete = complete_checkpoints(folder, r"latest|iter-\d+")
     stems = {f"{path}{os.sep}" for _, _, path in complete}
     for path in Path(folder).glob("*.th"):

@@ -36,7 +36,8 @@ def read_torch_file(path):
         if kind:
             reason, remedy = f"it is {kind}", known or "name a model.th or model-ema.th"
         elif "unsupported operand" in str(error).lower():  # whose bytes are read as if they were
-            reason, remedy = "it is none that torch.save wrote", "name a model.th or model-ema.th"
+            reason = "it is none that torch.save wrote by its default pickle_protocol"
+            remedy = "name a model.th or model-ema.th, or save it anew without pickle_protocol"
         elif "weights_only" in str(error).lower().replace(" ", "_"):
             # "Unsupported global: GLOBAL argparse.Namespace was not an allowed global by default"
             name = re.search(r"GLOBAL ([\w.]+)|<class '([\w.]+)'", str(error))

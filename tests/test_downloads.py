@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 
+import downloads
 from downloads import keep_address, maybe_download
 from errors import UserError
 
@@ -170,6 +171,22 @@ def test_whatever_an_answer_raises_is_one_line(error, server, monkeypatch):
                 maybe_download(f"{server.url}/runA/latest-model-ema.th")
             assert (str(error) or type(error).__name__) in str(caught.value)
     assert os.listdir() == []
+
+
+def test_two_processes_that_fetch_one_address_have_one_file(server, monkeypatch, capsys):
+    """The other is done while this one still fetches."""
+    path, fetch, others = f"{server.url}/runA/latest-model-ema.th", downloads._fetch, []
+
+    def slowly(address, partial):
+        if not others:
+            others.append(address)
+            assert maybe_download(address) == "latest-model-ema.th"
+        fetch(address, partial)
+
+    monkeypatch.setattr(downloads, "_fetch", slowly)
+    assert maybe_download(path) == "latest-model-ema.th"
+    assert sorted(os.listdir()) == ["latest-model-ema.th", "latest-model-ema.th.address"]
+    assert "another address" not in capsys.readouterr().out
 
 
 def test_an_address_that_a_script_has_fetched(server):

@@ -106,7 +106,7 @@ def test_a_second_start_packs_nothing_and_a_change_packs_anew(tmp_path, capsys):
 
     os.utime(root / names[0], (1, 1))  # touched
     everything(H)
-    (root / names[0]).chmod(0o640)  # made readable, maybe
+    (root / names[0]).chmod((root / names[0]).stat().st_mode ^ 0o020)  # made readable, maybe
     everything(H)
     (root / names[0]).unlink()  # removed
     assert len(everything(H)[0]) == 11

@@ -97,11 +97,11 @@ def test_sixteen_bits_are_divided_grey_and_colour_alike(channels):
     assert notes == [DIVIDED]
 
 
-def tiff(order, pixels, photometric=2, bits=16, channels=3, planar=1):
+def tiff(order, pixels, photometric=2, bits=16, channels=3, planar=1, turn=1):
     """An uncompressed TIFF of 7 x 9 pixels."""
     o = "<" if order == "II" else ">"
     tags = {256: [7], 257: [9], 258: [bits] * channels, 259: [1], 262: [photometric], 273: [200],
-            277: [channels], 278: [9], 279: [len(pixels)], 284: [planar]}  # fmt: skip
+            274: [turn], 277: [channels], 278: [9], 279: [len(pixels)], 284: [planar]}  # fmt: skip
     if planar == 2:
         size = len(pixels) // channels
         tags |= {273: [300 + i * size for i in range(channels)], 279: [size] * channels}
@@ -174,6 +174,14 @@ DEEP = {
         lambda: saved(Image.fromarray(GREY[..., 0].astype("<u2")), "JPEG2000"), GREY, 0,
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_planes_are_turned_as_pixels_are(turn):
+    planes = tiff("MM", LEVELS.transpose(2, 0, 1).astype(">u2").tobytes(), planar=2, turn=turn)
+    chunky = tiff("MM", LEVELS.astype(">u2").tobytes(), turn=turn)
+    (image, _), (expected, _) = map(decode_noting, (planes, chunky))
+    assert np.array_equal(image, expected)
 
 
 @pytest.mark.parametrize("kind", DEEP)
