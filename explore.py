@@ -183,7 +183,8 @@ def main():
                 ),
                 file=sys.stderr,
             )
-        hosts = {*LOCAL, args.host.lower()} if local else None
+        names = args.host.lower(), listening.getsockname()[0]  # of 127.2 it is 127.0.0.2
+        hosts = {*LOCAL, *names} if local else None
         serve(listening, Gate(mounted(gradio, page, args), folder, hosts), address)
 
 

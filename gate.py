@@ -5,6 +5,7 @@ hosts' files. Here they are closed, as is any that a later Gradio adds.
 """
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -28,7 +29,7 @@ HEADERS = {
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
+    "referrer-policy": "same-origin",  # with none, the page's own requests may be of origin null
 }
 
 
@@ -53,8 +54,8 @@ class Gate:
                    scope["headers"]}  # fmt: skip
         if self.hosts is not None and _name_of(headers.get("host", "")) not in self.hosts:
             return await _refuse(send, 403, "this page has another address")
-        origin = headers.get("origin", "null")
-        if origin != "null" and origin.partition("://")[2] != headers.get("host"):
+        origin = headers.get("origin")  # "null": of a frame without an origin, of any page
+        if origin is not None and origin.partition("://")[2] != headers.get("host"):
             return await _refuse(send, 403, "only the page itself may ask")
         method, path = scope["method"], scope["path"]
         if method in ("GET", "HEAD"):
@@ -95,6 +96,9 @@ class Gate:
                     isinstance(path, str) and is_within(path, self.folder)
                 ):
                     return False
+                if path is not None:  # forget_oldest leaves it to a request that waits
+                    with contextlib.suppress(OSError, ValueError):
+                        os.utime(path)
                 stack += value.values()
             elif isinstance(value, list):
                 stack += value

@@ -56,12 +56,8 @@ def outputs(folder):
 def test_a_page_works_in_its_order(page, folder):
     """Each of its uses finds what those before it have made, and replaces nothing of it."""
     for kind, text in uses(PAGES[page]):
-        import time
-
-        t0 = time.time()
         before = outputs(folder)
         done = python(["-c", text], folder) if kind == "python" else run_use(text, folder)
-        print(f"{time.time() - t0:.2f}", text[:90].replace(chr(10), " "))
         if done is None:
             continue
         assert done.returncode == 0 and done.stderr == "", f"{text}\n{done.stderr}"

@@ -409,7 +409,8 @@ def test_only_this_machine_is_answered(page):
     for host in ("evil.example", "evil.example:80", "127.0.0.1.evil.example", ""):
         assert page.get("/config", host=host)[0] == 403
     # Nor may another page in the same browser ask, which needs no name.
-    for origin, status in (("http://evil.example", 403), (f"http://127.0.0.1:{page.port}", 200)):
+    origins = (("http://evil.example", 403), ("null", 403), (f"http://127.0.0.1:{page.port}", 200))
+    for origin, status in origins:
         assert page.get("/config", Origin=origin)[0] == status
     listening = subprocess.run(["cat", "/proc/net/tcp"], capture_output=True, text=True).stdout
     assert f"0100007F:{page.port:04X}" in listening and f"00000000:{page.port:04X}" not in listening
@@ -607,10 +608,12 @@ def test_a_signal_before_the_page_is_served_leaves_nothing(tmp_path, monkeypatch
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     child = os.fork()
     if not child:
-        with explore.own_folder() as folder:
-            os.mkdir(os.path.join(folder, "upload"))
-            os.kill(os.getpid(), number)
-        os._exit(1)
+        try:
+            with explore.own_folder() as folder:
+                os.mkdir(os.path.join(folder, "upload"))
+                os.kill(os.getpid(), number)
+        finally:
+            os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 128 + number
     assert not [*tmp_path.iterdir()]
 

@@ -42,6 +42,8 @@ def unmet(pins):
 
 def test_what_is_pinned_installs_together():
     pins = pins_of(FILES)
+    installed = {name: metadata.version(name).partition("+")[0] for name in pins}  # 2.13.0+cpu
+    assert installed == pins  # whose requirements these are
     assert {"torch", "gradio", "pillow", "pytest"} <= pins.keys() and unmet(pins) == []
     [wrong] = unmet(pins | {"pillow": "13.0.0"})
     assert wrong.startswith("gradio needs pillow") and wrong.endswith("not 13.0.0")
