@@ -1,3 +1,4 @@
+import os
 import random
 import signal
 
@@ -13,6 +14,14 @@ import fused
 # have these ignored, which every child would inherit.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGQUIT, signal.SIG_DFL)
+
+
+def pytest_xdist_auto_num_workers():
+    """One more than there are cores: for a third of their time tests wait for processes."""
+    return 1 + (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    )
 
 
 @pytest.fixture(autouse=True)
