@@ -262,10 +262,10 @@ def in_turn(x, *convs):
             x = gelu_conv(x, conv)
         return x
     for conv in convs:
-        weights = conv._parameters
-        if is_plain_conv(conv) and weights["weight"].dtype == x.dtype:
-            # GELU of the strided view: of a contiguous tensor oneDNN computes it, see SMALL_GELU.
-            a = F.gelu(x.mT).mT
+        weights = is_plain_conv(conv) and conv._parameters
+        if weights and weights["weight"].dtype == x.dtype:
+            # Of a contiguous tensor oneDNN computes it, of the strided view it doesn't.
+            a = F.gelu(x.mT).mT if x.numel() < SMALL_GELU else F.gelu(x)
             x = F.conv2d(a, weights["weight"], weights["bias"], padding=conv.padding)
         else:
             x = gelu_conv(x, conv)

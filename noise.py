@@ -95,12 +95,13 @@ def noise_of_images(generators):
     then stays behind.
     """
     mine = _OfImages(generators)
-    before = _here.of_images
-    _here.of_images = mine if generators is not None else before
+    before = _here.of_images, _here.drawn
+    if generators is not None:  # also of a pass whose other noise was drawn before
+        _here.of_images, _here.drawn = mine, None
     try:
         yield mine
     finally:
-        _here.of_images = before
+        _here.of_images, _here.drawn = before
 
 
 @contextlib.contextmanager

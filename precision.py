@@ -40,7 +40,7 @@ def forward_precision(kind, device):
 
 
 class _Casts:
-    """Copies of weights in another dtype while a training step lasts, by the weights' id."""
+    """Copies of weights in another dtype, by their id, while a step or an evaluation lasts."""
 
     dtype, copies = None, {}
 

@@ -137,7 +137,7 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
         lambda batch: range(batch[-1] + step, len(data_valid), step)[: H.n_batch],
     )
     precision = forward_precision(setting(H, "precision"), device)
-    with casting(H, list(ema_vae.parameters()), []), precision:
+    with casting(H, list(ema_vae.parameters()), []):
         for batch in tqdm(loader, "evaluating", disable=None if world().rank == 0 else True):
             heartbeat()
             if stop.requested():
@@ -147,13 +147,16 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
             indices = mine.indices[first : first + len(batch[0])]
             x, target = preprocess_fn(batch)
             labels = labels_in(batch, H) if told else None  # (N,)
-            with noise_of_images(of_images(indices)) as noise:
+            with precision, noise_of_images(of_images(indices)) as noise:
                 channels = []  # of each layer, (N, Z)
                 distortion, rates = distortion_and_rates(ema_vae, x, target, channels, labels)
             bound = None
             if iw_samples:
                 of_bound = partial(bound_generators, seed, indices)
-                bound = importance_weighted_elbo(ema_vae, x, target, iw_samples, of_bound, labels)
+                with precision:
+                    bound = importance_weighted_elbo(
+                        ema_vae, x, target, iw_samples, of_bound, labels
+                    )
             totals.add(distortion, rates, channels, noise.draws < len(rates), bound)
     totals.over_processes(device)
     if totals.sums["stopped"]:

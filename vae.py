@@ -259,8 +259,8 @@ class DecBlock(nn.Module):
         """The prior pass: xs, with z as in sample_uncond."""
         x = self._state(xs, max(xs.values(), key=len))  # (N, C, R, R)
         x = self._mix_in(x, xs)  # (N, C, R, R)
-        if lvs is not None and getattr(lvs, "dtype", None) != torch.float32:
-            lvs = torch.as_tensor(lvs).to(x)  # such as NumPy's, or stored in half the bytes
+        if lvs is not None:  # such as NumPy's, or stored in half the bytes
+            lvs = torch.as_tensor(lvs).to(self.z_proj.weight)
         z, x = self.sample_uncond(x, t, lvs)  # (N, Z, R, R), (N, C, R, R)
         x = x + self.z_fn(z)  # (N, C, R, R)
         xs[self.base] = self.resnet(x)  # (N, C, R, R)

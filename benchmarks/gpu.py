@@ -317,10 +317,12 @@ def measure(preset, mode, device, rounds):
         for _ in range(3):
             own()
 
-    # A graph's memory is taken once, when it is recorded: among these steps, as are the moments.
+    # A graph's memory is taken once, when it is recorded: in these steps, as is what is alive
+    # before a step of the other modes.
     peak = peak_bytes(device, first)
     if setting(H, "cuda_graphs"):
-        peak -= sum(t.numel() * t.element_size() for t in moments(one.optimizer))
+        held = [*moments(one.optimizer), *one.copies, *(p.grad for p in one.parameters)]
+        peak -= sum(t.numel() * t.element_size() for t in held if t is not None)
     else:
         peak = peak_bytes(device, own)
     row = {"peak_mb": peak / 1e6, "n_batch": H.n_batch}

@@ -77,6 +77,27 @@ def test_small_networks_are_cut_into_no_more_operators():
         assert calls[vae] < 1.2 * calls[plain], (name, n)
 
 
+@pytest.mark.small
+def test_a_lone_image_meets_hooks_and_what_replaces_a_convolution(monkeypatch):
+    vae, batch = preset("digits")
+    block, seen = vae.decoder.dec_blocks[0].resnet, []
+
+    def loss():
+        torch.manual_seed(0)
+        with torch.no_grad():
+            return vae(*batch)["elbo"].item()
+
+    expected = loss()
+    block.c3.register_forward_hook(lambda *_: seen.append("c3"))
+    conv = block.c2
+    del block.c2
+    block.c2 = lambda t: (seen.append("c2"), conv(t))[1]  # no module
+    assert loss() == pytest.approx(expected, rel=1e-6)
+    assert seen == ["c2", "c3"]
+    monkeypatch.setattr(fused, "LONE", ())
+    assert loss() == pytest.approx(expected, rel=1e-6)
+
+
 # ---- memory ----------------------------------------------------------------------------------
 
 

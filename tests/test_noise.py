@@ -10,7 +10,13 @@ import torch
 from golden import inputs, model
 from runs import BIN, ROOT, TINY, environment, free_port
 
-from noise import draw_normals, drawn_before, noise_shapes
+from noise import (
+    draw_normals,
+    drawn_before,
+    image_generators,
+    noise_of_images,
+    noise_shapes,
+)
 
 
 def test_ranks_draw_different_noise(tmp_path):
@@ -64,6 +70,24 @@ def test_noise_drawn_before_has_the_bits_of_noise_drawn_inside(checkpointed):
         results.append([loss.detach(), *(p.grad for p in vae.parameters()), torch.randn(3)])
     for inside, drawn in zip(*results, strict=True):
         assert torch.equal(inside, drawn)
+
+
+def test_the_inner_source_of_noise_is_the_one():
+    """Images' own within what was drawn before, as a program's own pass may have it, and back."""
+    H, vae = model("tiny")
+    batch = inputs(H, 3, seed=7)
+
+    def loss():
+        return vae(*batch, generators=image_generators(range(3), 0))["elbo"]
+
+    alone, tensors = loss(), draw_normals(noise_shapes(vae, 3), vae.decoder.gain)
+    with drawn_before(tensors) as given:
+        assert torch.equal(loss(), alone) and given.place == 0
+        with noise_of_images(image_generators(range(3), 0)) as own, drawn_before(tensors):
+            vae(*batch)
+        assert own.draws == 0
+        vae(*batch)
+    assert given.place == len(tensors)
 
 
 def test_a_backward_pass_in_another_thread_has_the_same_noise():

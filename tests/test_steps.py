@@ -16,6 +16,7 @@ from runs import SAVING, SMALL, Run, assert_same, check_latest, figures, hashes,
 import precision
 import steps
 import train
+from batches import Images
 from endings import stop
 from noise import noise_shapes
 from optimizers import applied_updates, make_optimizer, move_towards
@@ -139,6 +140,24 @@ def test_weights_are_cast_while_the_step_lasts_and_no_longer():
                 p.mul_(1.5)
         stale = loss()
     assert loss() != stale
+
+
+def test_an_evaluation_casts_once_and_keeps_nothing(monkeypatch):
+    """With the figures of one that casts weight by weight."""
+    H, vae = model("tiny")
+    H.update(OPTIONS | {"precision": "bf16", "n_batch": 2, "seed": 0})
+    x, target = inputs(H, 5, 0)
+    images, found = Images(torch.arange(5, dtype=torch.uint8).view(5, 1, 1, 1).numpy()), []
+    for on_cuda in (False, True):
+        monkeypatch.setattr(steps, "AS_ON_CUDA", on_cuda)
+        casts = counted_casts(monkeypatch)
+        figures = train.evaluate(
+            H, vae, images, lambda batch: tuple(t[batch[0].flatten().long()] for t in (x, target))
+        )
+        assert figures["n_batches"] == 3 and len(casts) == on_cuda
+        assert not precision._Casts.copies
+        found.append(figures["elbo"])
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("own", ["sampler", "dropout", None])
