@@ -38,7 +38,8 @@ class Progress:
         self.position, self.skips = resumed.get("position", 0), resumed.get("skips", 0)
         self.best = resumed.get("best") or {"elbo": lowest, "step": None}
         self.stale = resumed.get("stale", 0)
-        self.saved_best = saved_best(H.save_dir) if setting(H, "resume") else self.best["elbo"]
+        goes_on = H.resumed or setting(H, "resume")
+        self.saved_best = saved_best(H.save_dir) if goes_on else self.best["elbo"]
         self.stats = deque(resumed.get("stats", ()), maxlen=H.iters_per_print)
 
     def advance(self, stats, n_images):

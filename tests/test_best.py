@@ -98,4 +98,6 @@ def test_a_run_that_went_back_does_not_spoil_a_better_file(tmp_path):
     (tmp_path / "best-state.json").write_text('{"best": {"elbo": 2.5, "step": 9}}')
     assert Progress(H, 5, 0).saved_best == 2.5
     assert Progress(get_hparams("digits", save_dir=str(tmp_path)), 5, 0).saved_best > 1e9
+    starts_anew = get_hparams("digits", save_dir=str(tmp_path), resume=True)  # its others deleted
+    assert Progress(starts_anew, 0, 0).saved_best == 2.5
     assert torch.isfinite(torch.tensor(Progress(H, 5, 0).best["elbo"]))
