@@ -260,7 +260,7 @@ class DecBlock(nn.Module):
         x = self._state(xs, max(xs.values(), key=len))  # (N, C, R, R)
         x = self._mix_in(x, xs)  # (N, C, R, R)
         if lvs is not None:  # such as NumPy's, or stored in half the bytes
-            lvs = torch.as_tensor(lvs).to(self.z_proj.weight)
+            lvs = torch.as_tensor(lvs).to(next(self.parameters()))
         z, x = self.sample_uncond(x, t, lvs)  # (N, Z, R, R), (N, C, R, R)
         x = x + self.z_fn(z)  # (N, C, R, R)
         xs[self.base] = self.resnet(x)  # (N, C, R, R)
