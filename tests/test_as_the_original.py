@@ -240,6 +240,11 @@ def test_a_network_of_half_precision_computes(tiny, dtype, rel, monkeypatch):
     zs = half.forward_get_latents(batch[0].to(dtype))
     assert {layer["z"].dtype for layer in zs} == {dtype}
     assert half.forward_uncond_samples(2, t=0.9).shape == (2, H.image_size, H.image_size, 3)
+    made = []
+    for kind in (dtype, torch.float32):  # as a program stores them, and as it computes them
+        torch.manual_seed(0)
+        made.append(half.forward_samples_set_latents(3, [layer["z"].to(kind) for layer in zs]))
+    assert np.array_equal(*made)
 
 
 @torch.no_grad()

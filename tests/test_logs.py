@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from runs import SAVING, Run, Signal, figures, hashes
 
+from logs import print_and_log
 from utils import logger
 
 
@@ -20,6 +21,17 @@ def test_log_lines(tmp_path, capsys):
     assert len(lines) == len(text) == 2 and '"message": "two words"' in lines[0]
     assert all(line.startswith('{"time": ') for line in lines[:1]) and '"step": 3' in lines[1]
     assert text[0].startswith("time: ") and capsys.readouterr().out.splitlines() == text
+
+
+def test_a_line_without_a_logger_is_in_the_log_of_this_process_alone(tmp_path, capsys):
+    prefix, lines = str(tmp_path / "log"), tmp_path / "log.jsonl"
+    lines.write_text("")  # another process's run
+    print_and_log(prefix, "one")
+    assert lines.read_text() == "" and capsys.readouterr().out == "one\n"
+    logger(prefix)("begun")
+    print_and_log(prefix, "two")
+    assert json.loads(lines.read_text().splitlines()[1])["message"] == "two"
+    assert capsys.readouterr().out.endswith("message: two\n")
 
 
 RUN = [*SAVING, "--num_epochs", "2"]
