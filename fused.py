@@ -35,18 +35,19 @@ def is_traced():
 # ---- layout --------------------------------------------------------------------------------
 
 
-# Elements of a lone image for which the CPU, that then takes no convolution of oneDNN's, is quicker
-# with one channel after another, where no gradient is wanted: 48 → 12 channels of 32 x 32 pixels 13
-# us in place of 23, 3 x 3 of 12 channels 46 in place of 72.
-LONE = range(2**17)
+# Elements of a lone image up to which the CPU, that then takes no convolution of oneDNN's, is
+# quicker with one channel after another, where no gradient is wanted: 48 → 12 channels of 32 x 32
+# pixels 13 us in place of 23, 3 x 3 of 12 channels 46 in place of 72.
+LONE = 2**17
 
 
 def _is_lone(t):
     return (
-        t.size(0) == 1
-        and t.numel() in LONE
-        and t.device.type == "cpu"
-        and not torch.is_grad_enabled()
+        not torch.is_grad_enabled()
+        and t.size(0) == 1
+        and t.is_cpu
+        and t.numel() < LONE
+        and not torch.is_autocast_enabled("cpu")
     )
 
 
@@ -74,6 +75,10 @@ def add_to_stream(x, h):
 TINY = 2**14
 
 
+def _starts_cost(x):
+    return (x.numel() < TINY or _is_lone(x)) and compute_dtype(x) == x.dtype
+
+
 # ---- GELU with convolutions ----------------------------------------------------------------
 
 
@@ -98,6 +103,21 @@ def gelu(x):
     if x.size(0) == 1 and x.numel() < SMALL_GELU and x.device.type == "cpu":
         return _gelu(x)  # the strided view
     return channels_last(F.gelu(x))  # x itself is kept for the backward pass, not a copy
+
+
+def _gelu_of_lone(x, over):
+    """gelu(x) of a lone image, x (1, C, R, R) contiguous, written over it if `over`.
+
+    Of views that are not contiguous PyTorch computes it itself, see SMALL_GELU.
+    """
+    if x.numel() >= SMALL_GELU:
+        return F.gelu(x)
+    if x.size(2) == 1:  # of a pixel only those of a larger batch are such views
+        return F.gelu(x.expand(2, -1, -1, -1))[:1]
+    if not over:
+        return F.gelu(x.mT).mT
+    torch._C._nn.gelu_(x.mT)
+    return x
 
 
 def _folded(t, padding):
@@ -257,18 +277,19 @@ def in_turn(x, *convs):
     Of a lone image with as little between them as can be: an evaluation of one of `digits` took
     7.6 ms in place of 8.7.
     """
-    if not _is_lone(x) or compute_dtype(x) != x.dtype:
+    if not _is_lone(x):
         for conv in convs:
             x = gelu_conv(x, conv)
         return x
+    dtype, over = x.dtype, False
     for conv in convs:
         weights = is_plain_conv(conv) and conv._parameters
-        if weights and weights["weight"].dtype == x.dtype:
-            # Of a contiguous tensor oneDNN computes it, of the strided view it doesn't.
-            a = F.gelu(x.mT).mT if x.numel() < SMALL_GELU else F.gelu(x)
+        if weights and weights["weight"].dtype == dtype:
+            a = _gelu_of_lone(x, over)
             x = F.conv2d(a, weights["weight"], weights["bias"], padding=conv.padding)
         else:
             x = gelu_conv(x, conv)
+        over = True  # a new tensor
     return x
 
 
@@ -315,6 +336,11 @@ def gaussian_kl(mu1, mu2, logsigma1, logsigma2):
 _activated = contextvars.ContextVar("(activations, their GELU) of the blocks in work", default=None)
 
 
+def shared_gelu(acts):
+    """gelu(acts), or None where no block looks for it."""
+    return None if _starts_cost(acts) else gelu(acts)
+
+
 def sharing_gelu(acts, activated):
     """In the context, gelu(acts) is `activated`: all blocks of a resolution share one.
 
@@ -338,7 +364,8 @@ def _sharing_gelu(acts, activated):
 
 def _gelu_of(acts):
     shared = None if torch.compiler.is_compiling() else _activated.get()
-    return shared[1] if shared is not None and shared[0] is acts else gelu(acts)
+    found = shared is not None and shared[0] is acts and shared[1] is not None
+    return shared[1] if found else gelu(acts)
 
 
 def _is_plain_block(block, kind):
@@ -360,8 +387,7 @@ def posterior_and_prior(enc, prior, x, acts, n_latent, kind):
         the state's dtype; the state with the prior's residual (N, C, R, R).
     """
     x = channels_last(x)
-    tiny = x.numel() < TINY and compute_dtype(x) == x.dtype
-    if tiny or not (_is_plain_block(enc, kind) and _is_plain_block(prior, kind)):
+    if _starts_cost(x) or not (_is_plain_block(enc, kind) and _is_plain_block(prior, kind)):
         q = enc(torch.cat([x, channels_last(acts)], dim=1)).to(x.dtype).contiguous()
         return q, *_prior(prior, x, None, n_latent)
     # The posterior's c1 of concat[x, acts] is the sum of its halves: that of x shares the GELU with
@@ -379,8 +405,7 @@ def posterior_and_prior(enc, prior, x, acts, n_latent, kind):
 def prior_alone(prior, x, n_latent, kind):
     """(p, merged) of posterior_and_prior, without a posterior."""
     x = channels_last(x)
-    tiny = x.numel() < TINY and compute_dtype(x) == x.dtype
-    h = None if tiny or not _is_plain_block(prior, kind) else gelu_conv(x, prior.c1)
+    h = None if _starts_cost(x) or not _is_plain_block(prior, kind) else gelu_conv(x, prior.c1)
     return _prior(prior, x, h, n_latent)
 
 

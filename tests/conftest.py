@@ -46,7 +46,7 @@ def _as_large(request, monkeypatch):
         return
     for name in ("SMALL", "SMALL_BATCH", "SMALL_GELU", "SMALL_PRODUCT", "TINY"):
         monkeypatch.setattr(fused, name, 0)
-    monkeypatch.setattr(fused, "LONE", ())
+    monkeypatch.setattr(fused, "LONE", 0)
 
 
 @pytest.fixture(scope="session")
