@@ -1,7 +1,7 @@
-"""Noise of the next batch of images, drawn by threads while this one is computed.
+"""Noise of the next pass of images, drawn by threads while this one is computed.
 
 Image by image, layer by layer: each number is the one that the image's generator gives, in the
-order in which the network asks. The first batch draws as it goes, and so shows that order.
+order in which the network asks. The first pass draws as it goes, and so shows that order.
 """
 
 import concurrent.futures
@@ -20,10 +20,10 @@ AS_ON_CUDA = False
 
 
 class Generators(list):
-    """The generators of a batch's images; what they are to give may have been drawn already.
+    """The generators of a pass's images; what they are to give may have been drawn already.
 
     Attributes:
-        plan: (shape, fill) of what one image draws, in order; the first batch appends to it.
+        plan: (shape, fill) of what one image draws, in order; the first pass appends to it.
         drawn: tensors of the whole batch, one an entry of the plan; None where nothing was drawn.
     """
 
@@ -31,36 +31,37 @@ class Generators(list):
 
 
 class Ahead:
-    """Gives the generators of one batch after another, and draws ahead for the following one.
+    """Gives the generators of one pass after another, and draws ahead for the following one.
 
     Args:
         device: the network's.
-        key: the seed and the purpose of noise.image_generators.
-        following: the indices of a batch's images → those of the next batch's, none at the end.
+        following: (indices of the images, key of noise.image_generators) of a pass → those of the
+            next one, no indices at the end; called once a pass, in order.
     """
 
-    def __init__(self, device, key, following):
-        self.device, self.key, self.following = torch.device(device), key, following
+    def __init__(self, device, following):
+        self.device, self.following = torch.device(device), following
         self.on = self.device.type == "cuda" or AS_ON_CUDA
         self.plan, self.pool, self.buffers, self.turn = [], None, [None, None], 0
-        self.under_way = None  # (indices, flat buffer, futures) of the next batch
+        self.under_way = None  # (indices, key), flat buffer, futures of the next pass
 
-    def __call__(self, indices):
-        """The Generators of images of these indices."""
-        generators = Generators(image_generators(indices, *self.key))
+    def __call__(self, indices, *key):
+        """The Generators of a pass."""
+        generators = Generators(image_generators(indices, *key))
         if not self.on:
             return generators
+        following = self.following(indices, key)
         if not self.plan:
             generators.plan = self.plan  # to be noted
             return generators
-        if self.under_way is None or self.under_way[0] != list(indices):
-            self._begin(indices)
+        if self.under_way is None or self.under_way[0] != (list(indices), key):
+            self._begin(indices, key)
         if self.under_way:
             generators.plan, generators.drawn = self.plan, self._take()
-            self._begin(self.following(indices))
+            self._begin(*following)
         return generators
 
-    def _begin(self, indices):
+    def _begin(self, indices, key):
         """Has the threads draw for images of these indices, unless that takes too much memory."""
         self._wait()
         self.under_way = None
@@ -73,9 +74,9 @@ class Ahead:
             self.pool = concurrent.futures.ThreadPoolExecutor(threads)
         flat = self._buffer(n * row)
         rows = [t.unbind() for t in self._parts(flat, n)]  # of each entry of the plan
-        jobs = zip(image_generators(indices, *self.key), zip(*rows, strict=True), strict=True)
+        jobs = zip(image_generators(indices, *key), zip(*rows, strict=True), strict=True)
         futures = [self.pool.submit(self._draw, *job) for job in jobs]
-        self.under_way = list(indices), flat, futures
+        self.under_way = (list(indices), key), flat, futures
 
     def _buffer(self, size):
         """One of the two buffers, in turn, when the copy that was made of it is done."""
@@ -100,9 +101,9 @@ class Ahead:
                 fill(row, generator=generator)
 
     def _take(self):
-        """The tensors of the batch under way, on the device: one copy, which nothing waits for."""
+        """The tensors of the pass under way, on the device: one copy, which nothing waits for."""
         self._wait()
-        indices, flat, _ = self.under_way
+        (indices, _), flat, _ = self.under_way
         if self.device.type == "cuda":
             there = flat.to(self.device, non_blocking=True)
             copied = torch.cuda.Event()

@@ -21,12 +21,17 @@ def image_generators(indices, *key):
     return [torch.Generator().manual_seed(noise_seed(*key, i)) for i in indices]
 
 
-def bound_generators(seed, indices, k):
-    """image_generators of the k-th sample of an importance-weighted bound.
+def bound_key(seed, k):
+    """The key of image_generators of the k-th sample of an importance-weighted bound.
 
     The first sample is the ELBO's own: with one, the two are the same.
     """
-    return image_generators(indices, seed, *((IMPORTANCE, k) if k else (EVALUATION,)))
+    return (seed, IMPORTANCE, k) if k else (seed, EVALUATION)
+
+
+def bound_generators(seed, indices, k, generators=image_generators):
+    """Those of that sample, made by image_generators or by an ahead.Ahead."""
+    return generators(indices, *bound_key(seed, k))
 
 
 def chosen(probability, indices, *key):

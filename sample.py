@@ -237,14 +237,18 @@ def samples(args, model):
 
     ahead = Ahead(
         next(model.parameters()).device,
-        (args.seed, SAMPLING),
-        lambda batch: range(batch[-1] + 1, min(batch[-1] + 1 + args.n_batch, args.n)),
+        lambda batch, key: (range(args.n)[batch[-1] + 1 :][: args.n_batch], key),
     )
 
     def make(indices):
         labels = labels_for(asked, indices)
         return draw_samples(
-            model, indices, t, **how(args), labels=labels, generators=ahead(indices)
+            model,
+            indices,
+            t,
+            **how(args),
+            labels=labels,
+            generators=ahead(indices, args.seed, SAMPLING),
         )
 
     def draw(images):

@@ -35,6 +35,7 @@ from noise import (
     PICTURES,
     TRAINING,
     bound_generators,
+    bound_key,
     noise_of_images,
     noise_seed,
 )
@@ -130,12 +131,12 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
     mine = Subset(data_valid, range(world().rank, len(data_valid), world().size))
     loader = make_loader(H, mine, batch_size=H.n_batch)
     totals = Totals([block.zdim for block in ema_vae.decoder.dec_blocks])
-    device, step = next(ema_vae.parameters()).device, world().size
-    of_images = Ahead(
-        device,
-        (seed, EVALUATION),
-        lambda batch: range(batch[-1] + step, len(data_valid), step)[: H.n_batch],
-    )
+    device = next(ema_vae.parameters()).device
+    batches = (mine.indices[i : i + H.n_batch] for i in range(0, len(mine), H.n_batch))
+    keys = [(seed, EVALUATION), *(bound_key(seed, k) for k in range(iw_samples or 0))]
+    following = ((batch, key) for batch in batches for key in keys)
+    next(following, None)
+    of_images = Ahead(device, lambda *_: next(following, ((), ())))
     precision = forward_precision(setting(H, "precision"), device)
     with casting(H, list(ema_vae.parameters()), []):
         for batch in tqdm(loader, "evaluating", disable=None if world().rank == 0 else True):
@@ -147,12 +148,12 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
             indices = mine.indices[first : first + len(batch[0])]
             x, target = preprocess_fn(batch)
             labels = labels_in(batch, H) if told else None  # (N,)
-            with precision, noise_of_images(of_images(indices)) as noise:
+            with precision, noise_of_images(of_images(indices, *keys[0])) as noise:
                 channels = []  # of each layer, (N, Z)
                 distortion, rates = distortion_and_rates(ema_vae, x, target, channels, labels)
             bound = None
             if iw_samples:
-                of_bound = partial(bound_generators, seed, indices)
+                of_bound = partial(bound_generators, seed, indices, generators=of_images)
                 with precision:
                     bound = importance_weighted_elbo(
                         ema_vae, x, target, iw_samples, of_bound, labels

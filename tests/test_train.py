@@ -9,6 +9,7 @@ import torch
 from golden import figures, inputs, model
 from runs import TINY, free_port, launch, log_of
 
+import ahead
 import steps
 import train
 import vae as vae_module
@@ -179,7 +180,7 @@ def test_evaluation_weighs_every_image_alike(tiny_run):
     assert whole["elbo"] == pytest.approx(np.mean(own), rel=1e-5)
 
 
-def test_evaluation_gives_the_rates_and_the_bound():
+def test_evaluation_gives_the_rates_and_the_bound(monkeypatch):
     H, vae = model("tiny")
     H.update(n_batch=4, seed=0, device="cpu")
     levels = np.random.RandomState(0).randint(0, 256, (10, H.image_size, H.image_size, 3))
@@ -199,6 +200,13 @@ def test_evaluation_gives_the_rates_and_the_bound():
     assert figures[1]["iw_elbo"] == pytest.approx(figures[1]["elbo"], rel=1e-6)
     assert figures[8]["iw_elbo"] < figures[1]["iw_elbo"]
     assert figures[8]["iw_bits_per_dim"] == pytest.approx(figures[8]["iw_elbo"] / np.log(2))
+
+    begun, begin = [], ahead.Ahead._begin
+    monkeypatch.setattr(ahead, "AS_ON_CUDA", True)
+    monkeypatch.setattr(ahead.Ahead, "_begin", lambda *a: (begun.append(a[1:]), begin(*a))[1])
+    assert train.evaluate(H, vae, images, preprocess_fn) == figures[8]
+    # All 27 passes but the first, of which the others learn, each once; then the end.
+    assert len(begun) == 27 and not begun[-1][0]
 
 
 # ---- the loop --------------------------------------------------------------------------------
