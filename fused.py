@@ -54,8 +54,10 @@ def _is_lone(t):
 def channels_last(t):
     """t (N, C, R, R), its channels side by side in memory: as convolutions here expect it.
 
-    Where LONE says so, they expect it contiguous.
+    Where LONE says so, they expect it contiguous; a transform of torch.func knows no strides.
     """
+    if is_transformed():
+        return t
     return t.contiguous() if _is_lone(t) else t.contiguous(memory_format=torch.channels_last)
 
 
@@ -98,6 +100,8 @@ def gelu(x):
     dtype = compute_dtype(x)
     if x.dtype != dtype:
         x = x.to(dtype)
+    if is_transformed():
+        return F.gelu(x)
     if x.is_contiguous(memory_format=torch.channels_last):
         return F.gelu(x) if x.numel() < SMALL_GELU else _gelu(x)
     if x.size(0) == 1 and x.numel() < SMALL_GELU and x.device.type == "cpu":

@@ -269,7 +269,7 @@ def fill_noise(shape, like, fill):
     if own is None:
         if _here.shapes is not None:
             _here.shapes.append((tuple(shape), fill))
-        return fill(torch.empty(shape, dtype=like.dtype, device=like.device))
+        return fill(like.new_empty(shape))  # in a vmap one for each of its examples
     if own.generators is _NO_NOISE:
         own.draws += 1
         return torch.zeros(shape, dtype=like.dtype, device=like.device)

@@ -11,7 +11,7 @@ import torch
 from fakes import write_cifar10
 from golden import inputs, model
 from torch import nn
-from torch.func import functional_call, grad
+from torch.func import functional_call, grad, vmap
 
 import data
 import hps
@@ -22,6 +22,7 @@ import vae as vae_module
 from block_strings import parse_layer_string
 from errors import UserError
 from hps import Hyperparams
+from noise import without_noise
 from vae import VAE, DecBlock
 
 
@@ -279,6 +280,27 @@ def test_gradients_by_torch_func(name):
     net(*batch)["elbo"].backward()
     for key, p in parameters.items():
         assert (found[key] - p.grad).norm() <= 5e-4 * p.grad.norm(), key
+
+
+def test_gradients_of_each_image_by_vmap(tiny):
+    """And each example draws its own noise."""
+    H, net = tiny
+    parameters = {key: p.detach() for key, p in net.named_parameters()}
+    images = [t[:, None] for t in inputs(H, 3, 7)]  # each (3, 1, R, R, 3)
+
+    def loss(p, *batch):
+        return functional_call(net, p, batch)["elbo"]
+
+    of_images = vmap(grad(loss), in_dims=(None, 0, 0), randomness="different")
+    with without_noise():
+        found = of_images(parameters, *images)
+        for i in range(3):
+            expected = grad(loss)(parameters, *(t[i] for t in images))
+            for key, g in expected.items():
+                assert (found[key][i] - g).norm() <= 5e-4 * g.norm() + 1e-7, key
+    twice = [t[:1].expand(2, -1, -1, -1, -1) for t in images]
+    first, second = of_images(parameters, *twice)["decoder.out_net.out_conv.weight"]
+    assert not torch.equal(first, second)
 
 
 # ---- options ---------------------------------------------------------------------------------
