@@ -13,7 +13,7 @@ import torch
 from launchers import world
 from noise import image_generators
 
-# Of a batch's noise that is drawn ahead; there are two buffers of it, pinned, and one on the GPU.
+# Of a pass's noise that is drawn ahead; there are two buffers of it, pinned, and one on the GPU.
 MOST_BYTES = 2**29
 # Does on the CPU too what pays on CUDA alone, where drawing takes no time of the device: for tests.
 AS_ON_CUDA = False
@@ -24,7 +24,7 @@ class Generators(list):
 
     Attributes:
         plan: (shape, fill) of what one image draws, in order; the first pass appends to it.
-        drawn: tensors of the whole batch, one an entry of the plan; None where nothing was drawn.
+        drawn: tensors of all images, one an entry of the plan; None where nothing was drawn.
     """
 
     plan = drawn = None

@@ -25,17 +25,17 @@ def is_transformed():
 
 
 def is_traced():
-    """Whether a transform of torch.func or a compiler reads this, which wants the plain form.
+    """Whether a transform of torch.func, a compiler or jit.trace reads this: for the plain form.
 
     A compiler chooses by itself what to keep for the backward pass.
     """
-    return torch.compiler.is_compiling() or is_transformed()
+    return torch.compiler.is_compiling() or is_transformed() or torch.jit.is_tracing()
 
 
 # ---- layout --------------------------------------------------------------------------------
 
 
-# Elements of a lone image up to which the CPU, that then takes no convolution of oneDNN's, is
+# Elements of a lone image below which the CPU, that then takes no convolution of oneDNN's, is
 # quicker with one channel after another, where no gradient is wanted: 48 → 12 channels of 32 x 32
 # pixels 13 us in place of 23, 3 x 3 of 12 channels 46 in place of 72.
 LONE = 2**17
@@ -77,8 +77,11 @@ def add_to_stream(x, h):
 TINY = 2**14
 
 
-def _starts_cost(x):
-    return (x.numel() < TINY or _is_lone(x)) and compute_dtype(x) == x.dtype
+def _is_cheap_uncut(x):
+    """Whether blocks of x take the fewest operators; the posterior's has twice the channels."""
+    return (x.numel() < TINY or 2 * x.numel() < LONE and _is_lone(x)) and (
+        compute_dtype(x) == x.dtype
+    )
 
 
 # ---- GELU with convolutions ----------------------------------------------------------------
@@ -96,7 +99,7 @@ def _gelu(x):
 
 
 def gelu(x):
-    """Exact GELU of x (N, C, R, R), channels-last, in the dtype that convolutions compute in."""
+    """Exact GELU of x (N, C, R, R), as channels_last has it, in the dtype of convolutions."""
     dtype = compute_dtype(x)
     if x.dtype != dtype:
         x = x.to(dtype)
@@ -120,7 +123,7 @@ def _gelu_of_lone(x, over):
         return F.gelu(x.expand(2, -1, -1, -1))[:1]
     if not over:
         return F.gelu(x.mT).mT
-    torch._C._nn.gelu_(x.mT)
+    torch._C._nn.gelu_(x.mT)  # F.gelu's own; it has no public name
     return x
 
 
@@ -285,15 +288,15 @@ def in_turn(x, *convs):
         for conv in convs:
             x = gelu_conv(x, conv)
         return x
-    dtype, over = x.dtype, False
+    over = False
     for conv in convs:
         weights = is_plain_conv(conv) and conv._parameters
-        if weights and weights["weight"].dtype == dtype:
+        if weights and weights["weight"].dtype == x.dtype:
             a = _gelu_of_lone(x, over)
             x = F.conv2d(a, weights["weight"], weights["bias"], padding=conv.padding)
         else:
             x = gelu_conv(x, conv)
-        over = True  # a new tensor
+        over = True  # x is new, and nobody else's: a hook has seen another one
     return x
 
 
@@ -341,12 +344,12 @@ _activated = contextvars.ContextVar("(activations, their GELU) of the blocks in 
 
 
 def shared_gelu(acts):
-    """gelu(acts), or None where no block looks for it."""
-    return None if _starts_cost(acts) else gelu(acts)
+    """gelu(acts), or None where no block asks for it."""
+    return None if _is_cheap_uncut(acts) else gelu(acts)
 
 
 def sharing_gelu(acts, activated):
-    """In the context, gelu(acts) is `activated`: all blocks of a resolution share one.
+    """In the context, gelu(acts) is `activated`, if not None: blocks of a resolution share one.
 
     A compiler reads no context variables, and finds by itself what is computed twice.
     """
@@ -391,7 +394,7 @@ def posterior_and_prior(enc, prior, x, acts, n_latent, kind):
         the state's dtype; the state with the prior's residual (N, C, R, R).
     """
     x = channels_last(x)
-    if _starts_cost(x) or not (_is_plain_block(enc, kind) and _is_plain_block(prior, kind)):
+    if _is_cheap_uncut(x) or not (_is_plain_block(enc, kind) and _is_plain_block(prior, kind)):
         q = enc(torch.cat([x, channels_last(acts)], dim=1)).to(x.dtype).contiguous()
         return q, *_prior(prior, x, None, n_latent)
     # The posterior's c1 of concat[x, acts] is the sum of its halves: that of x shares the GELU with
@@ -409,7 +412,7 @@ def posterior_and_prior(enc, prior, x, acts, n_latent, kind):
 def prior_alone(prior, x, n_latent, kind):
     """(p, merged) of posterior_and_prior, without a posterior."""
     x = channels_last(x)
-    h = None if _starts_cost(x) or not _is_plain_block(prior, kind) else gelu_conv(x, prior.c1)
+    h = None if _is_cheap_uncut(x) or not _is_plain_block(prior, kind) else gelu_conv(x, prior.c1)
     return _prior(prior, x, h, n_latent)
 
 

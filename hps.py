@@ -117,10 +117,9 @@ photos32 = Hyperparams(
     digits,
     dataset="photos32",
     n_batch=16,
-    width=48,
     num_mixtures=10,
-    enc_blocks="32x2,32d2,16x2,16d2,8x2,8d2,4x2,4d4,1x1",
-    dec_blocks="1x1,4m1,4x2,8m4,8x2,16m8,16x3,32m16,32x3",
+    enc_blocks="32x1,32d2,16x2,16d2,8x2,8d2,4x1,4d4,1x1",
+    dec_blocks="1x1,4m1,8m4,8x2,16m8,16x3,32m16,32x1",
     num_epochs=10,
 )
 HPARAMS_REGISTRY["photos32"] = photos32

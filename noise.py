@@ -29,9 +29,9 @@ def bound_key(seed, k):
     return (seed, IMPORTANCE, k) if k else (seed, EVALUATION)
 
 
-def bound_generators(seed, indices, k, generators=image_generators):
-    """Those of that sample, made by image_generators or by an ahead.Ahead."""
-    return generators(indices, *bound_key(seed, k))
+def bound_generators(seed, indices, k):
+    """image_generators of that sample."""
+    return image_generators(indices, *bound_key(seed, k))
 
 
 def chosen(probability, indices, *key):
@@ -269,7 +269,7 @@ def fill_noise(shape, like, fill):
     if own is None:
         if _here.shapes is not None:
             _here.shapes.append((tuple(shape), fill))
-        return fill(like.new_empty(shape))  # in a vmap one for each of its examples
+        return fill(like.new_empty(shape))  # in a vmap one an example, where `like` has
     if own.generators is _NO_NOISE:
         own.draws += 1
         return torch.zeros(shape, dtype=like.dtype, device=like.device)

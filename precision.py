@@ -18,7 +18,7 @@ def compute_dtype(x):
 
 def dtype_of(module):
     """The dtype of a module's weights, of a convolution's without a walk through all of them."""
-    weight = vars(module)["_parameters"].get("weight")
+    weight = getattr(module, "weight", None)
     return (next(module.parameters()) if weight is None else weight).dtype
 
 

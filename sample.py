@@ -241,15 +241,8 @@ def samples(args, model):
     )
 
     def make(indices):
-        labels = labels_for(asked, indices)
-        return draw_samples(
-            model,
-            indices,
-            t,
-            **how(args),
-            labels=labels,
-            generators=ahead(indices, args.seed, SAMPLING),
-        )
+        labels, generators = labels_for(asked, indices), ahead(indices, args.seed, SAMPLING)
+        return draw_samples(model, indices, t, **how(args), labels=labels, generators=generators)
 
     def draw(images):
         title = f"{name_of(model, args)}: samples, {words_of(args.temperature)}, seed {args.seed}"

@@ -34,7 +34,6 @@ from noise import (
     EVALUATION,
     PICTURES,
     TRAINING,
-    bound_generators,
     bound_key,
     noise_of_images,
     noise_seed,
@@ -133,10 +132,11 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
     totals = Totals([block.zdim for block in ema_vae.decoder.dec_blocks])
     device = next(ema_vae.parameters()).device
     batches = (mine.indices[i : i + H.n_batch] for i in range(0, len(mine), H.n_batch))
+    # Of the ELBO, then of the bound's samples, whose first has the same noise anew.
     keys = [(seed, EVALUATION), *(bound_key(seed, k) for k in range(iw_samples or 0))]
     following = ((batch, key) for batch in batches for key in keys)
     next(following, None)
-    of_images = Ahead(device, lambda *_: next(following, ((), ())))
+    of_images = Ahead(device, lambda *_: next(following, ((), ())))  # passes come in this order
     precision = forward_precision(setting(H, "precision"), device)
     with casting(H, list(ema_vae.parameters()), []):
         for batch in tqdm(loader, "evaluating", disable=None if world().rank == 0 else True):
@@ -151,14 +151,15 @@ def evaluate(H, ema_vae, data_valid, preprocess_fn):
             with precision, noise_of_images(of_images(indices, *keys[0])) as noise:
                 channels = []  # of each layer, (N, Z)
                 distortion, rates = distortion_and_rates(ema_vae, x, target, channels, labels)
-            bound = None
+            foreign, bound = noise.draws < len(rates), None
+            del noise  # of a device's memory a half, while the next is there
             if iw_samples:
-                of_bound = partial(bound_generators, seed, indices, generators=of_images)
+                draw = partial(of_images, indices)
                 with precision:
                     bound = importance_weighted_elbo(
-                        ema_vae, x, target, iw_samples, of_bound, labels
+                        ema_vae, x, target, iw_samples, lambda k, d=draw: d(*keys[1 + k]), labels
                     )
-            totals.add(distortion, rates, channels, noise.draws < len(rates), bound)
+            totals.add(distortion, rates, channels, foreign, bound)
     totals.over_processes(device)
     if totals.sums["stopped"]:
         raise Stopped("stopped in an evaluation")

@@ -313,7 +313,7 @@ class Decoder(HModule):
         """The posterior pass: (px_z, one dict a block), the dicts and options as DecBlock's."""
         xs, stats = self._start(len(next(iter(activations.values()))), labels), []
         more = {"get_gaussians": True} if get_gaussians else {}  # an overridden block takes three
-        activated = {r: shared_gelu(activations[r]) for r in self.resolutions}  # (N, C, R, R)
+        activated = {r: shared_gelu(activations[r]) for r in self.resolutions}  # or None each
         all_blocks = list(self.dec_blocks)
         for segment in self.segments:
             blocks = all_blocks[segment]

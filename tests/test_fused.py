@@ -9,6 +9,7 @@ import pytest
 import torch
 from golden import inputs, model
 from reference import PlainVAE
+from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 import fused
@@ -99,6 +100,39 @@ def test_a_lone_image_meets_hooks_and_what_replaces_a_convolution(monkeypatch):
     assert all(torch.equal(*outputs) for outputs in kept)  # though GELU is written over others
     monkeypatch.setattr(fused, "LONE", 0)
     assert loss() == pytest.approx(expected, rel=1e-6)
+
+
+class InDouble(nn.Module):
+    """A convolution that a program has put in place, which computes and returns another dtype."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.conv = conv.double()
+
+    def forward(self, t):
+        return self.conv(t.double())
+
+
+@pytest.mark.small
+@pytest.mark.parametrize("name", ["c1", "c2", "c3"])
+@torch.no_grad()
+def test_a_lone_image_goes_on_in_the_dtype_of_a_replaced_convolution(name):
+    vae, (x, _) = preset("digits")
+    expected = vae.encoder(x)[8]
+    block = vae.encoder.enc_blocks[0]
+    setattr(block, name, InDouble(getattr(block, name)))
+    assert torch.allclose(vae.encoder(x)[8].float(), expected, atol=1e-5)
+
+
+@pytest.mark.small
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+@torch.no_grad()
+def test_what_is_traced_of_one_image_serves_several():
+    vae, (x, _) = preset("digits")
+    vae.requires_grad_(False)
+    traced = torch.jit.trace(lambda t: [*vae.encoder(t).values()][-1], x)
+    five = torch.randn(5, *x.shape[1:])
+    assert torch.allclose(traced(five), vae.encoder(five)[1], atol=1e-5)
 
 
 # ---- memory ----------------------------------------------------------------------------------
