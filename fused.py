@@ -35,7 +35,7 @@ def is_traced():
 # ---- layout --------------------------------------------------------------------------------
 
 
-# Elements of a lone image below which the CPU, that then takes no convolution of oneDNN's, is
+# Elements of a lone image up to which the CPU, that then takes no convolution of oneDNN's, is
 # quicker with one channel after another, where no gradient is wanted: 48 → 12 channels of 32 x 32
 # pixels 13 us in place of 23, 3 x 3 of 12 channels 46 in place of 72.
 LONE = 2**17
@@ -46,8 +46,9 @@ def _is_lone(t):
         not torch.is_grad_enabled()
         and t.size(0) == 1
         and t.is_cpu
-        and t.numel() < LONE
+        and t.numel() <= LONE
         and not torch.is_autocast_enabled("cpu")
+        and not is_traced()
     )
 
 
@@ -79,7 +80,7 @@ TINY = 2**14
 
 def _is_cheap_uncut(x):
     """Whether blocks of x take the fewest operators; the posterior's has twice the channels."""
-    return (x.numel() < TINY or 2 * x.numel() < LONE and _is_lone(x)) and (
+    return (x.numel() < TINY or 2 * x.numel() <= LONE and _is_lone(x)) and (
         compute_dtype(x) == x.dtype
     )
 
@@ -141,19 +142,28 @@ def _folded(t, padding):
 # most of them in the half of the time, for few it's the start of oneDNN's convolution that is
 # saved. Forward and backward, one core, float32, convolution → product in us: 32 images of 64 → 16
 # channels, 1 x 1 pixel 189 → 59, 4 x 4 175 → 86, 8 x 8 324 → 181; 8 images of 32 x 32 (655,360
-# elements) 891 → 641; but 16 of them 1270 → 1454. Of one image the convolution takes another way,
-# that starts at once: of 8 x 8 pixels 38 → 59.
+# elements) 891 → 641; but 16 of them 1270 → 1454.
 SMALL_PRODUCT = 700_000
+# Elements of one image up to which PyTorch asks no oneDNN for a convolution, nor for one of more
+# with one thread: it starts at once then, of 64 → 16 channels of 8 x 8 pixels in 7 us, and no
+# product is quicker. Else, forward, two threads: of 32 x 32 pixels 95 → 43, contiguous 167 → 41.
+LONE_ALONE = 20_480
+
+
+def _is_onednns(x):
+    """Whether a convolution of x on the CPU is oneDNN's, whose start a matrix product saves."""
+    return x.size(0) > 1 or x.numel() > LONE_ALONE and torch.get_num_threads() > 1
 
 
 def _conv(x, weight, bias=None, padding=0):
-    """F.conv2d, but of two equal forms of a 1x1 convolution the cheaper; x is channels-last."""
-    n, elements = x.size(0), x.numel()
-    if padding or weight.size(2) > 1 or n == 1 and elements < TINY:
+    """F.conv2d, but of equal forms of a 1x1 convolution the cheapest; x is as channels_last's."""
+    if padding or weight.size(2) > 1 or x.is_cpu and not _is_onednns(x):
         return F.conv2d(x, weight, bias, padding=padding)
     flat = weight.flatten(1)  # (out, in): so its gradient gets the weight's own strides
-    products = elements * (1 + weight.size(0) / x.size(1)) <= SMALL_PRODUCT
-    if n > 1 and products and x.device.type == "cpu":
+    if x.is_cpu and x.numel() * (1 + weight.size(0) / x.size(1)) <= SMALL_PRODUCT:
+        if bias is not None and _is_lone(x):
+            h = torch.addmm(bias[:, None], flat, x.flatten(2)[0])  # (out, R * R)
+            return h.view(1, -1, *x.shape[2:])
         return F.linear(x.permute(0, 2, 3, 1), flat, bias).permute(0, 3, 1, 2)
     return F.conv2d(x, flat[:, :, None, None], bias)
 
@@ -284,7 +294,7 @@ def in_turn(x, *convs):
     Of a lone image with as little between them as can be: an evaluation of one of `digits` took
     7.6 ms in place of 8.7.
     """
-    if not _is_lone(x) or is_traced():
+    if not _is_lone(x):
         for conv in convs:
             x = gelu_conv(x, conv)
         return x
@@ -292,8 +302,11 @@ def in_turn(x, *convs):
     for conv in convs:
         weights = is_plain_conv(conv) and conv._parameters
         if weights and weights["weight"].dtype == x.dtype:
-            a = _gelu_of_lone(x, over)
-            x = F.conv2d(a, weights["weight"], weights["bias"], padding=conv.padding)
+            a, weight, bias = _gelu_of_lone(x, over), weights["weight"], weights["bias"]
+            if a.numel() > LONE_ALONE:
+                x = _conv(a, weight, bias, conv.padding[0])
+            else:
+                x = F.conv2d(a, weight, bias, padding=conv.padding)
         else:
             x = gelu_conv(x, conv)
         over = True  # x is new, and nobody else's: a hook has seen another one
