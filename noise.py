@@ -29,11 +29,6 @@ def bound_key(seed, k):
     return (seed, IMPORTANCE, k) if k else (seed, EVALUATION)
 
 
-def bound_generators(seed, indices, k):
-    """image_generators of that sample."""
-    return image_generators(indices, *bound_key(seed, k))
-
-
 def chosen(probability, indices, *key):
     """Which images are chosen, each with a probability: bool (n,), a function of key and index.
 

@@ -16,12 +16,6 @@ def compute_dtype(x):
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-def dtype_of(module):
-    """The dtype of a module's weights, of a convolution's without a walk through all of them."""
-    weight = getattr(module, "weight", None)
-    return (next(module.parameters()) if weight is None else weight).dtype
-
-
 def without_autocast(device):
     """The context of what is computed in its weights' own precision, autocast or not."""
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):

@@ -5,7 +5,6 @@ test set in its order the mean is the figure of --test_eval.
 """
 
 import csv
-from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -18,7 +17,7 @@ from files import replace
 from image_files import read_readable
 from label_choices import labels_for, names_for
 from labels import given
-from noise import EVALUATION, bound_generators, image_generators, noise_of_images
+from noise import EVALUATION, bound_key, image_generators, noise_of_images
 from outputs import check_free, writing
 
 
@@ -38,8 +37,14 @@ def scores_of(model, images, indices, seed=0, iw_samples=None, labels=None):
     figures = {"bits_per_dim": nats_to_bits(distortion + rate), "distortion": distortion}
     figures |= {"rate": rate, "rates": rates}
     if iw_samples:
-        of_bound = partial(bound_generators, seed, indices)
-        bound = importance_weighted_elbo(model, x, target, iw_samples, of_bound, **given(labels))
+        bound = importance_weighted_elbo(
+            model,
+            x,
+            target,
+            iw_samples,
+            lambda k: image_generators(indices, *bound_key(seed, k)),
+            **given(labels),
+        )
         figures["iw_bits_per_dim"] = nats_to_bits(bound.cpu())
     return figures
 

@@ -37,7 +37,7 @@ from fused import (
 from image_sets import channels_of
 from labels import given, label_rows, label_tables, labels_of
 from noise import is_of_images, noise_of_images
-from precision import dtype_of, without_autocast
+from precision import without_autocast
 from recomputing import checkpointed, segments
 from temperatures import log_temperature, temperature_of
 from vae_helpers import (
@@ -142,7 +142,7 @@ class Encoder(HModule):
         with without_autocast(x.device.type):
             # Grey images in the strides of NCHW: the weight's gradient has the weight's then.
             x = x[..., 0][:, None] if x.shape[-1] == 1 else x.permute(0, 3, 1, 2)  # (N, c, R, R)
-            x = x.to(dtype_of(self.in_conv))
+            x = x.to(next(self.in_conv.parameters()).dtype)
             x = self.in_conv(channels_last(x))  # (N, H.width, R, R)
         activations, all_blocks = {}, list(self.enc_blocks)  # slices of a ModuleList copy it
         for segment in self.segments:
@@ -313,7 +313,9 @@ class Decoder(HModule):
         """The posterior pass: (px_z, one dict a block), the dicts and options as DecBlock's."""
         xs, stats = self._start(len(next(iter(activations.values()))), labels), []
         more = {"get_gaussians": True} if get_gaussians else {}  # an overridden block takes three
-        activated = {r: shared_gelu(activations[r]) for r in self.resolutions}  # or None each
+        activated = {
+            r: shared_gelu(activations[r]) for r in self.resolutions
+        }  # each (N, C, R, R) or None
         all_blocks = list(self.dec_blocks)
         for segment in self.segments:
             blocks = all_blocks[segment]

@@ -56,12 +56,12 @@ def test_the_reference_is_the_network(name, n):
 
 @pytest.mark.small
 @pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("lone, alone", [(0, 0), (10**9, 0), (10**9, fused.LONE_ALONE)])
+@pytest.mark.parametrize("lone, above", [(0, 0), (10**9, 0), (10**9, fused.ONEDNN_ABOVE)])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_small_network_is_the_reference_too(name, lone, alone, n, monkeypatch):
+def test_a_small_network_is_the_reference_too(name, lone, above, n, monkeypatch):
     """Its convolutions as products, its blocks uncut, or of one image as of none else."""
     monkeypatch.setattr(fused, "LONE", lone)
-    monkeypatch.setattr(fused, "LONE_ALONE", alone)
+    monkeypatch.setattr(fused, "ONEDNN_ABOVE", above)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     check_against_the_reference(name, n)
 
