@@ -29,7 +29,7 @@ def is_traced():
 
     A compiler chooses by itself what to keep for the backward pass.
     """
-    return torch.compiler.is_compiling() or is_transformed() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or is_transformed() or torch._C._is_tracing()
 
 
 # ---- layout --------------------------------------------------------------------------------
@@ -45,9 +45,9 @@ def _is_lone(t):
     """Whether t is of one image, and to be computed as LONE says."""
     return (
         not torch.is_grad_enabled()
-        and t.size(0) == 1
-        and t.is_cpu
+        and t.shape[0] == 1
         and t.numel() <= LONE
+        and t.is_cpu
         and not torch.is_autocast_enabled("cpu")
         and not is_traced()
     )
@@ -102,7 +102,10 @@ def _gelu(x):
 
 def gelu(x):
     """Exact GELU of x (N, C, R, R), as channels_last has it, in the dtype of convolutions."""
-    dtype = compute_dtype(x)
+    return _gelu_in(compute_dtype(x), x)
+
+
+def _gelu_in(dtype, x):
     if x.dtype != dtype:
         x = x.to(dtype)
     if is_transformed():
@@ -121,7 +124,7 @@ def _gelu_of_lone(x, over):
     """
     if x.numel() >= SMALL_GELU:
         return F.gelu(x)
-    if x.size(2) == 1:  # of a pixel only those of a larger batch are such views
+    if x.shape[2] == 1:  # of a pixel only those of a larger batch are such views
         return F.gelu(x.expand(2, -1, -1, -1))[:1]
     if not over:
         return F.gelu(x.mT).mT
@@ -160,7 +163,7 @@ def _starts_onednn(x):
 def _conv(x, weight, bias=None, padding=0):
     """F.conv2d, but of equal forms of a 1x1 convolution the cheapest; x is as channels_last's."""
     if padding or weight.size(2) > 1 or x.is_cpu and not _starts_onednn(x):
-        return F.conv2d(x, weight, bias, padding=padding)
+        return F.conv2d(x, weight, bias, 1, padding)
     flat = weight.flatten(1)  # (out, in): so its gradient gets the weight's own strides
     if x.is_cpu and x.numel() * (1 + weight.size(0) / x.size(1)) <= SMALL_PRODUCT:
         if bias is not None and _is_lone(x):
@@ -179,7 +182,7 @@ def _gelu_convs(x, padding, *weights_and_biases, conv=_conv):
 
 
 def _conv2d(x, weight, bias, padding):
-    return F.conv2d(x, weight, bias, padding=padding)
+    return F.conv2d(x, weight, bias, 1, padding)
 
 
 class _GeluConvs(torch.autograd.Function):
@@ -218,8 +221,8 @@ class _GeluConvs(torch.autograd.Function):
 
 
 # Elements an image, and of all images, below which a backward pass in Python costs more time than
-# its memory is worth.
-SMALL, SMALL_BATCH = 2**14, 2**16
+# its memory is worth: of cifar10's 4 x 4 pixels, 6,144 an image, it is worth 2 MB an image.
+SMALL, SMALL_BATCH = 6_000, 2**15
 
 
 def _lean(x):
@@ -260,65 +263,66 @@ def is_plain(module, kind):
 _SAME = {(k, k): (k // 2, k // 2) for k in (1, 3)}  # the padding that keeps the resolution
 
 
-def is_plain_conv(conv):
-    """Whether gelu_convs computes what a call of conv would."""
+def plain_conv(conv):
+    """(weight, bias) of a conv of which gelu_convs computes what a call would, else None."""
     if not is_plain(conv, nn.Conv2d):
-        return False
+        return None
     own = vars(conv)  # by attribute access it takes as long as a small convolution
-    return (
-        own["_parameters"].get("weight") is not None
-        and own["_parameters"].get("bias") is not None
+    weight, bias = own["_parameters"].get("weight"), own["_parameters"].get("bias")
+    plain = (
+        weight is not None
+        and bias is not None
         and own["groups"] == 1
         and own["stride"] == own["dilation"] == (1, 1)
         and own["padding_mode"] == "zeros"
         and own["padding"] == _SAME.get(own["kernel_size"])
     )
+    return (weight, bias) if plain else None
 
 
 def gelu_conv(x, conv):
     """conv(gelu(x)), a new tensor, as in gelu_convs, for a conv of get_3x3 or get_1x1."""
-    if not is_plain_conv(conv):
+    plain = plain_conv(conv)
+    if plain is None:
         return conv(gelu(x)).clone()  # a hook may keep what it saw
-    weight, bias = conv._parameters["weight"], conv._parameters["bias"]
-    if x.dtype != weight.dtype or compute_dtype(x) != x.dtype:
+    (weight, bias), dtype = plain, compute_dtype(x)
+    if weight.dtype != dtype:
         weight, bias = cast_for(x, weight), cast_for(x, bias)
     if _lean(x):
         return gelu_convs(x, weight, bias)[0]
-    a = gelu(x)
-    if weight.dtype != a.dtype:
-        weight, bias = weight.to(a.dtype), bias.to(a.dtype)
-    return _conv(a, weight, bias, conv.padding[0])
+    if weight.dtype != dtype:
+        weight, bias = weight.to(dtype), bias.to(dtype)
+    return _conv(_gelu_in(dtype, x), weight, bias, conv.padding[0])
 
 
-def in_turn(x, *convs):
-    """x through convs one after another, each as gelu_conv.
+def _gelu_conv_of_lone(x, conv, over):
+    """gelu_conv of a lone image, written over x if `over`, with as little between as can be.
 
-    Of a lone image with as little between them as can be: an evaluation of one of `digits` takes
-    0.82 of the time.
+    An evaluation of one of `digits` takes 0.82 of the time.
     """
-    if not _is_lone(x):
-        for conv in convs:
-            x = gelu_conv(x, conv)
-        return x
-    over = False
-    for conv in convs:
-        weights = is_plain_conv(conv) and conv._parameters
-        if weights and weights["weight"].dtype == x.dtype:
-            a, weight, bias = _gelu_of_lone(x, over), weights["weight"], weights["bias"]
-            if a.numel() > ONEDNN_ABOVE:
-                x = _conv(a, weight, bias, conv.padding[0])
-            else:
-                x = F.conv2d(a, weight, bias, padding=conv.padding)
-        else:
-            x = gelu_conv(x, conv)
-        over = True  # x is new, and nobody else's: a hook has seen another one
-    return x
+    plain = plain_conv(conv)
+    if plain is None or plain[0].dtype != x.dtype:
+        return gelu_conv(x, conv)
+    a = _gelu_of_lone(x, over)
+    if a.numel() > ONEDNN_ABOVE:
+        return _conv(a, *plain, conv.padding[0])
+    return F.conv2d(a, *plain, 1, conv.padding)
+
+
+def in_turn(x, *convs, residual=False):
+    """x through convs one after another, each as gelu_conv; with residual, x plus that."""
+    lone = _is_lone(x)
+    h = x = x.contiguous() if lone else channels_last(x)
+    for conv in convs:  # one's output is nobody else's: a hook has seen another tensor
+        h = _gelu_conv_of_lone(h, conv, over=h is not x) if lone else gelu_conv(h, conv)
+    return add_to_stream(x, h) if residual else h
 
 
 def conv_1x1(x, conv):
     """conv(x) of a conv of get_1x1, x (N, C, R, R), by the cheaper of two equal forms."""
     x = channels_last(x)
-    return _conv(x, conv.weight, conv.bias) if is_plain_conv(conv) else conv(x)
+    plain = plain_conv(conv)
+    return _conv(x, *plain) if plain else conv(x)
 
 
 # ---- the KL of two Gaussians ---------------------------------------------------------------
@@ -392,7 +396,7 @@ def _gelu_of(acts):
 
 def _is_plain_block(block, kind):
     """Whether a Block, of class `kind`, may be computed by its weights, uncalled."""
-    return is_plain(block, kind) and all(map(is_plain_conv, block.children()))
+    return is_plain(block, kind) and all(map(plain_conv, block.children()))
 
 
 def posterior_and_prior(enc, prior, x, acts, n_latent, kind):

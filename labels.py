@@ -111,7 +111,8 @@ def label_tables(constants, n_labels):
 def label_rows(tables, labels, n, any_number=False):
     """The row of each image's label, zeros for -1, of each table: a list of (N, C, R, R).
 
-    Every table is read, whatever the labels: so its gradient exists on every process.
+    Every table is read, whatever the labels: so its gradient exists on every process. Where none is
+    wanted, and no image has a label, the list is empty.
 
     Args:
         tables: a list of (n_labels, C, R, R).
@@ -120,7 +121,7 @@ def label_rows(tables, labels, n, any_number=False):
     Raises:
         ValueError: as check_labels.
     """
-    if not len(tables):
+    if not len(tables) or labels is None and not torch.is_grad_enabled():
         if labels is not None:
             check_labels(labels, n, 0, any_number)
         return []

@@ -103,9 +103,7 @@ class _PixelLogLikelihood(torch.autograd.Function):
         inputs = x, l
         ctx.needed = [i for i in (0, 1) if ctx.needs_input_grad[i]]
         grads, values = [torch.empty_like(inputs[i]) for i in ctx.needed], []
-        n_bytes = sum(t.numel() * t.element_size() for t in inputs)
-        n_parts = max(1, -(-n_bytes // PART_BYTES.get(l.device.type, PART_BYTES_ELSEWHERE)))
-        size = max(1, -(-len(x) // n_parts))
+        size = max(1, -(-len(x) // _n_parts(*inputs)))
         for start in range(0, len(x), size):
             rows = slice(start, start + size)
             part = [t[rows].detach() for t in inputs]
@@ -136,6 +134,24 @@ PART_BYTES = {"cpu": 2**20}
 # On a GPU starting an operator takes as long as it computes at some 10 MB (5 us at 2 TB/s, three
 # tensors of a third of that each read or written): at three times that, starts are no matter.
 PART_BYTES_ELSEWHERE = 2**25
+# Bytes of the inputs up to which autograd may keep all that it wants, some ten times as much, for
+# a fifth less time: 4 KB, an image of digits, 0.93 ms in place of 1.21; 66 KB 1.81 of 2.24.
+KEPT_BYTES = 2**16
+
+
+def _n_parts(*inputs):
+    """In how many parts the likelihood of pixels is computed."""
+    n_bytes = sum(t.numel() * t.element_size() for t in inputs)
+    return max(1, -(-n_bytes // PART_BYTES.get(inputs[0].device.type, PART_BYTES_ELSEWHERE)))
+
+
+def _is_whole(*inputs):
+    """Whether the likelihood of pixels is computed as any function, with autograd's gradient."""
+    if is_traced():
+        return True
+    if torch.is_grad_enabled():
+        return sum(t.numel() * t.element_size() for t in inputs) <= KEPT_BYTES
+    return _n_parts(*inputs) == 1
 
 
 def discretized_mix_logistic_loss(x, l, low_bit=False):
@@ -162,10 +178,10 @@ def discretized_mix_logistic_loss(x, l, low_bit=False):
             f"10K for three channels, 3K for one"
         )
     x, l = at_least_float32(x), at_least_float32(l)
-    if not torch.is_grad_enabled():
-        x, l = x.detach(), l.detach()  # no gradient beside the value
     pixels = x.reshape(-1, x.shape[-1]), l.reshape(-1, l.shape[-1])  # (N H W, 3), (N H W, 10K)
-    function = _pixel_log_likelihood if is_traced() else _PixelLogLikelihood.apply
+    if not torch.is_grad_enabled():
+        pixels = [t.detach() for t in pixels]  # no gradient beside the value
+    function = _pixel_log_likelihood if _is_whole(*pixels) else _PixelLogLikelihood.apply
     log_likelihood = function(*pixels, low_bit).view(x.shape[:-1])  # (N, H, W)
     return -log_likelihood.flatten(1).sum(dim=1) / x.shape[1:].numel()
 

@@ -83,4 +83,4 @@ def cast_for(x, weight):
 
 
 def at_least_float32(t):
-    return t.to(torch.promote_types(t.dtype, torch.float32))
+    return t if t.dtype == torch.float32 else t.to(torch.promote_types(t.dtype, torch.float32))

@@ -25,7 +25,6 @@ from bounds import distortion_and_rates, importance_weighted_elbo
 from compiling import run_block, run_in_turn
 from embeddings import embed, mean_latents, unflatten
 from fused import (
-    add_to_stream,
     channels_last,
     conv_1x1,
     in_turn,
@@ -87,10 +86,8 @@ class Block(nn.Module):
         self.c4 = get_1x1(middle_width, out_width, zero_weights=zero_last)
 
     def forward(self, x):
-        x = channels_last(x)
-        h = in_turn(x, self.c1, self.c2, self.c3, self.c4)  # (N, out, R, R)
-        if self.residual:
-            h = add_to_stream(x, h)
+        convs = self.c1, self.c2, self.c3, self.c4
+        h = in_turn(x, *convs, residual=self.residual)  # (N, out, R, R)
         if self.down_rate is not None:
             h = F.avg_pool2d(h, self.down_rate)  # (N, out, R / down_rate, R / down_rate)
         return h
@@ -299,7 +296,9 @@ class Decoder(HModule):
 
         Each image's label adds its row to those up to 8x8.
         """
-        own = [t.flatten(1).view(t.shape) for t in self.bias_xs]  # gradients get their strides
+        own = list(self.bias_xs)
+        if torch.is_grad_enabled():
+            own = [t.flatten(1).view(t.shape) for t in own]  # gradients get their strides
         xs = {t.shape[2]: channels_last(t).expand(n, -1, -1, -1) for t in own}
         for rows in label_rows(getattr(self, "label_xs", ()), labels, n, any_number):
             r = rows.shape[2]

@@ -8,6 +8,7 @@ from golden import figures, generators, model
 from hypothesis import given
 from hypothesis import strategies as st
 from reference import plain_mixture_loss
+from torch import nn
 
 import likelihood
 from likelihood import (
@@ -17,9 +18,11 @@ from likelihood import (
 )
 
 
+@pytest.mark.parametrize("kept", [0, likelihood.KEPT_BYTES])
 @pytest.mark.parametrize("K", [10, 5, 2])
 @pytest.mark.parametrize("low_bit", [False, True])
-def test_mixture(K, low_bit):
+def test_mixture(K, low_bit, kept, monkeypatch):
+    monkeypatch.setattr(likelihood, "KEPT_BYTES", kept)
     expected = figures("likelihood")[f"mixtures={K},low_bit={low_bit}"]
     r = np.random.RandomState(11 + K)
     l = (2 * r.standard_normal((3, 4, 4, 10 * K))).astype(np.float32)
@@ -181,8 +184,22 @@ def test_memory_of_the_mixtures_loss():
     assert peak(discretized_mix_logistic_loss) < 3 < peak(plain_mixture_loss)
 
 
-def test_small_inputs_of_the_mixtures_loss_are_one_part():
+def test_what_autograd_keeps_of_the_mixtures_loss_is_bounded():
+    """What is small it keeps whole, for less time; of larger inputs the gradient alone."""
+
+    def kept(side):
+        x, l = image_and_mixture(side)
+        return bench.saved_bytes(nn.Module(), lambda: discretized_mix_logistic_loss(x, l)) / (
+            x.nbytes + l.nbytes
+        )
+
+    assert 3 < kept(12) < 20  # 59 KB
+    assert kept(13) < 1.1  # 70 KB
+
+
+def test_small_inputs_of_the_mixtures_loss_are_one_part(monkeypatch):
     """As many operators for 4 KB as for 100; of 128 x 128 pixels, 7 MB, seven times as many."""
+    monkeypatch.setattr(likelihood, "KEPT_BYTES", 0)
     one = calls(*image_and_mixture(3))
     assert calls(*image_and_mixture(16)) == one
     assert 6 * one < calls(*image_and_mixture(128)) < 8 * one
@@ -191,6 +208,7 @@ def test_small_inputs_of_the_mixtures_loss_are_one_part():
 @pytest.mark.parametrize("low_bit", [False, True])
 def test_the_mixtures_loss_in_parts_is_the_loss(low_bit, monkeypatch):
     x, l = image_and_mixture(9, torch.float64)
+    monkeypatch.setattr(likelihood, "KEPT_BYTES", 0)
     whole = calls(x, l)
     monkeypatch.setitem(likelihood.PART_BYTES, "cpu", x.nbytes + l.nbytes >> 3)
     assert 7 * whole < calls(x, l) < 9 * whole  # 81 pixels are no multiple of 8
@@ -204,9 +222,13 @@ def test_the_mixtures_loss_in_parts_is_the_loss(low_bit, monkeypatch):
         assert torch.allclose(own, plain, rtol=1e-9, atol=1e-12)
 
 
-def test_the_mixtures_loss_where_no_gradient_is_wanted():
+@pytest.mark.parametrize("kept", [0, likelihood.KEPT_BYTES])
+def test_the_mixtures_loss_where_no_gradient_is_wanted(kept, monkeypatch):
+    monkeypatch.setattr(likelihood, "KEPT_BYTES", kept)
     x, l = image_and_mixture(3)
     loss = discretized_mix_logistic_loss(x, l)
+    with torch.no_grad():
+        assert not discretized_mix_logistic_loss(x, l).requires_grad
     with torch.inference_mode():  # of a leaf that wants a gradient elsewhere
         assert torch.equal(discretized_mix_logistic_loss(x, l), loss)
 
