@@ -44,9 +44,9 @@ def _as_large(request, monkeypatch):
     """Tiny networks compute as large ones do; with @pytest.mark.small they compute as they are."""
     if request.node.get_closest_marker("small"):
         return
-    for name in ("SMALL", "SMALL_BATCH", "SMALL_GELU", "SMALL_PRODUCT", "TINY"):
+    sizes = "SMALL", "SMALL_BATCH", "SMALL_LONE", "SMALL_GELU", "SMALL_PRODUCT", "TINY", "LONE"
+    for name in sizes:
         monkeypatch.setattr(fused, name, 0)
-    monkeypatch.setattr(fused, "LONE", 0)
 
 
 @pytest.fixture(scope="session")
