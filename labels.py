@@ -121,7 +121,9 @@ def label_rows(tables, labels, n, any_number=False):
     Raises:
         ValueError: as check_labels.
     """
-    if not len(tables) or labels is None and not torch.is_grad_enabled():
+    if labels is None and not torch.is_grad_enabled():
+        return []
+    if not len(tables):
         if labels is not None:
             check_labels(labels, n, 0, any_number)
         return []

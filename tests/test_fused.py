@@ -14,11 +14,12 @@ from torch.distributions import Normal, kl_divergence
 
 import fused
 import recomputing
-from fused import gelu_convs
+import reports
+from fused import gelu_conv, gelu_convs
 from hps import get_hparams
 from recomputing import segments
 from vae import VAE
-from vae_helpers import gaussian_analytical_kl
+from vae_helpers import gaussian_analytical_kl, get_1x1
 
 MODELS = ["tiny", "tiny_lowbit", "tiny_widths", "tiny_res2"]
 
@@ -159,6 +160,22 @@ def test_bytes_saved_for_the_backward_pass():
     assert share(False) < 0.4 and share(True) < 0.25
     vae.checkpoint_activations()
     assert share(False) < 1 / 15 and share(True) < 1 / 20
+
+
+@pytest.mark.small
+def test_what_is_kept_is_not_what_autograd_would_keep_where_that_is_much():
+    """Nor of few pixels, where images are many; of a lone small image its time is worth more."""
+    assert reports.activation_bytes(get_hparams("cifar10")) < 229.2e6  # docs/performance.md
+    for shape, lean in {
+        (8, 384, 4, 4): True,
+        (2, 64, 32, 32): True,
+        (1, 64, 32, 32): False,
+        (1, 384, 32, 32): True,
+        (32, 64, 8, 8): False,
+    }.items():
+        conv = get_1x1(shape[1], 8)
+        kept = gelu_conv(torch.ones(shape), conv).grad_fn.name()
+        assert ("_GeluConvs" in kept) == lean, shape
 
 
 @pytest.mark.slow
