@@ -13,6 +13,7 @@ import contextvars
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.modules.module import _has_any_global_hook
 
 from precision import cast_for, compute_dtype, without_autocast
 
@@ -71,7 +72,8 @@ def add_to_stream(x, h):
     """
     if h.dtype != x.dtype:
         h = h.to(x.dtype)
-    return x + h if is_traced() or h._is_view() else h.add_(x)
+    apart = is_traced() or h.shape != x.shape or h._is_view() and torch.is_grad_enabled()
+    return x + h if apart else h.add_(x)
 
 
 # Elements of a tensor below which a computation costs its start alone: the one of fewer operators
@@ -178,11 +180,7 @@ def _gelu_convs(x, padding, *weights_and_biases, conv=_conv):
     if weights_and_biases[0].dtype != a.dtype:
         weights_and_biases = [t.to(a.dtype) for t in weights_and_biases]
     weights, biases = weights_and_biases[::2], weights_and_biases[1::2]
-    return tuple([conv(a, w, b, padding) for w, b in zip(weights, biases, strict=True)])
-
-
-def _conv2d(x, weight, bias, padding):
-    return F.conv2d(x, weight, bias, 1, padding)
+    return tuple([conv(a, w, b, padding=padding) for w, b in zip(weights, biases, strict=True)])
 
 
 class _GeluConvs(torch.autograd.Function):
@@ -194,7 +192,7 @@ class _GeluConvs(torch.autograd.Function):
         ctx.padding = padding
         ctx.save_for_backward(x, *weights_and_biases[::2])
         # Views of a matrix product must not leave a Function.
-        return _gelu_convs(x, padding, *weights_and_biases, conv=_conv2d)
+        return _gelu_convs(x, padding, *weights_and_biases, conv=F.conv2d)
 
     @staticmethod
     def backward(ctx, *grads):
@@ -250,13 +248,16 @@ def is_plain(module, kind):
 
     A hook, or a module put in its place, wants to be called.
     """
+    if type(module) is not kind:
+        return False
     own = vars(module)
-    return type(module) is kind and not (
+    return not (
         "forward" in own
         or own["_forward_pre_hooks"]
         or own["_forward_hooks"]
         or own["_backward_pre_hooks"]
         or own["_backward_hooks"]
+        or _has_any_global_hook()
     )
 
 
@@ -296,7 +297,7 @@ def gelu_conv(x, conv):
 
 
 def _gelu_conv_of_lone(x, conv, over):
-    """gelu_conv of a lone image, written over x if `over`, with as little between as can be.
+    """gelu_conv of a lone image, GELU written over x if `over`, with as little between as can be.
 
     An evaluation of one of `digits` takes 0.82 of the time.
     """
@@ -322,7 +323,7 @@ def conv_1x1(x, conv):
     """conv(x) of a conv of get_1x1, x (N, C, R, R), by the cheaper of two equal forms."""
     x = channels_last(x)
     plain = plain_conv(conv)
-    return _conv(x, *plain) if plain else conv(x)
+    return _conv(x, *plain, conv.padding[0]) if plain else conv(x)
 
 
 # ---- the KL of two Gaussians ---------------------------------------------------------------
@@ -359,7 +360,7 @@ def gaussian_kl(mu1, mu2, logsigma1, logsigma2):
 
 # ---- the posterior with the prior ----------------------------------------------------------
 
-_activated = contextvars.ContextVar("(activations, their GELU) of the blocks in work", default=None)
+_activated = contextvars.ContextVar("(activations, their GELU) in work", default=(None, None))
 
 
 def shared_gelu(acts):
@@ -372,11 +373,9 @@ def sharing_gelu(acts, activated):
 
     A compiler reads no context variables, and finds by itself what is computed twice.
     """
-    return (
-        contextlib.nullcontext()
-        if torch.compiler.is_compiling()
-        else _sharing_gelu(acts, activated)
-    )
+    if torch.compiler.is_compiling():
+        return contextlib.nullcontext()
+    return _sharing_gelu(acts, activated)
 
 
 @contextlib.contextmanager
@@ -389,14 +388,14 @@ def _sharing_gelu(acts, activated):
 
 
 def _gelu_of(acts):
-    shared = None if torch.compiler.is_compiling() else _activated.get()
-    found = shared is not None and shared[0] is acts and shared[1] is not None
-    return shared[1] if found else gelu(acts)
+    of, activated = (None, None) if torch.compiler.is_compiling() else _activated.get()
+    return activated if of is acts and activated is not None else gelu(acts)
 
 
 def _is_plain_block(block, kind):
     """Whether a Block, of class `kind`, may be computed by its weights, uncalled."""
-    return is_plain(block, kind) and all(map(plain_conv, block.children()))
+    convs = [getattr(block, name, None) for name in ("c1", "c2", "c3", "c4")]
+    return is_plain(block, kind) and all(map(plain_conv, convs)) and convs[0].padding == (0, 0)
 
 
 def posterior_and_prior(enc, prior, x, acts, n_latent, kind):
@@ -422,7 +421,8 @@ def posterior_and_prior(enc, prior, x, acts, n_latent, kind):
     w_x, w_acts = enc_w.split([x.shape[1], acts.shape[1]], dim=1)
     h, q = gelu_convs(x, w, b, w_x, enc_b)  # (N, middle, R, R)
     activated = _gelu_of(acts)
-    q = enc.bottleneck(q + _conv(activated, w_acts.to(activated.dtype)))  # (N, middle, R, R)
+    q = add_to_stream(q, _conv(activated, w_acts.to(activated.dtype)))  # (N, middle, R, R)
+    q = enc.bottleneck(q)  # (N, middle, R, R)
     with without_autocast(q.device.type):  # few channels; in bf16 they would cost the KL its bits
         q = gelu_conv(q.to(x.dtype), enc.c4)  # (N, 2 Z, R, R)
     return q.contiguous(), *_prior(prior, x, h, n_latent)

@@ -112,7 +112,7 @@ def label_rows(tables, labels, n, any_number=False):
     """The row of each image's label, zeros for -1, of each table: a list of (N, C, R, R).
 
     Every table is read, whatever the labels: so its gradient exists on every process. Where none is
-    wanted, and no image has a label, the list is empty.
+    wanted, and `labels` is None, the list is empty.
 
     Args:
         tables: a list of (n_labels, C, R, R).

@@ -141,7 +141,7 @@ KEPT_BYTES = 2**16
 
 def _n_parts(*inputs):
     """In how many parts the likelihood of pixels is computed."""
-    n_bytes = sum(t.numel() * t.element_size() for t in inputs)
+    n_bytes = sum(t.nbytes for t in inputs)
     return max(1, -(-n_bytes // PART_BYTES.get(inputs[0].device.type, PART_BYTES_ELSEWHERE)))
 
 
@@ -150,7 +150,7 @@ def _is_whole(*inputs):
     if is_traced():
         return True
     if torch.is_grad_enabled():
-        return sum(t.numel() * t.element_size() for t in inputs) <= KEPT_BYTES
+        return sum(t.nbytes for t in inputs) <= KEPT_BYTES
     return _n_parts(*inputs) == 1
 
 

@@ -42,17 +42,16 @@ def saved_bytes(module, forward):
 
 
 def activation_bytes(H):
-    """Bytes that a training step keeps per image for its backward pass.
+    """Bytes that a forward pass of H.n_batch images to train on keeps for the backward pass.
 
-    Counted on a forward pass of tensors that have shapes alone; of eight images, for some of what
-    is kept is kept once a batch.
+    Counted on one of tensors that have shapes alone.
     """
     with torch.device("meta"):
         vae = VAE(H)
         if setting(H, "checkpoint_activations"):
             vae.checkpoint_activations()
-        x = torch.empty(8, H.image_size, H.image_size, H.image_channels)
-        return saved_bytes(vae, lambda: vae(x, x)["elbo"]) // 8
+        x = torch.empty(H.n_batch, H.image_size, H.image_size, H.image_channels)
+        return saved_bytes(vae, lambda: vae(x, x)["elbo"])
 
 
 def _size(n_bytes):
@@ -66,7 +65,7 @@ def summary(H, ema_vae, n_train, n_heldout, missing=False):
     """
     parameters = sum(p.numel() for p in ema_vae.parameters())
     # Weights, gradients, their average and AdamW's two moments: five float32 a parameter.
-    state, images = 20 * parameters, H.n_batch * activation_bytes(H)
+    state, images = 20 * parameters, activation_bytes(H)
     layers = ", ".join(
         f"{sum(b.base == r for b in ema_vae.decoder.dec_blocks)} at {r}x{r}"
         for r in ema_vae.decoder.resolutions

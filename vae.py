@@ -25,9 +25,11 @@ from bounds import distortion_and_rates, importance_weighted_elbo
 from compiling import run_block, run_in_turn
 from embeddings import embed, mean_latents, unflatten
 from fused import (
+    add_to_stream,
     channels_last,
     conv_1x1,
     in_turn,
+    plain_conv,
     posterior_and_prior,
     prior_alone,
     shared_gelu,
@@ -144,9 +146,10 @@ class Encoder(HModule):
         activations, all_blocks = {}, list(self.enc_blocks)  # slices of a ModuleList copy it
         for segment in self.segments:
             blocks = all_blocks[segment]
-            if getattr(blocks[0], "down_rate", None) is not None:  # x is the last before it pools
-                x = x.contiguous()  # programs take views of it
-            activations[x.shape[2]] = x
+            pools = getattr(blocks[0], "down_rate", None) is not None
+            # Programs take views of the last before pooling; checkpointing keeps one of the two.
+            activations[x.shape[2]] = last = x.contiguous() if pools else x
+            x = last if self.checkpointing else x
             x = checkpointed(self.checkpointing, partial(run_in_turn, blocks), x)
             x = pad_channels(x, self.widths[x.shape[2]])  # (N, C, R, R) of the new R
         activations[x.shape[2]] = x.contiguous()
@@ -179,6 +182,8 @@ class DecBlock(nn.Module):
         """z (N, Z, R, R) → its share of the state (N, C, R, R)."""
         with without_autocast(z.device.type):  # few channels; its sum is float32
             return conv_1x1(z, self.z_proj)
+
+    _own_z_fn = z_fn
 
     def _state(self, xs, like):
         """The state at this resolution (N, C, R, R), zeros where xs has none, N that of `like`."""
@@ -241,16 +246,19 @@ class DecBlock(nn.Module):
         gaussians = {} if get_gaussians else None
         x, acts = self.get_inputs(xs, activations)  # each (N, C, R, R)
         x = self._mix_in(x, xs)  # (N, C, R, R)
-        # z, kl (N, Z, R, R)
-        z, xs[self.base], kl = run_block(
-            DecBlock._merge, self, x, acts, gaussians, n_drawn=self.zdim
-        )
+        merged = run_block(DecBlock._merge, self, x, acts, gaussians, n_drawn=self.zdim)
+        z, xs[self.base], kl = merged  # z, kl (N, Z, R, R)
         return xs, ({"z": z.detach()} if get_latents else {}) | {"kl": kl} | (gaussians or {})
 
     def _merge(self, x, acts, gaussians):
         more = {} if gaussians is None else {"gaussians": gaussians}  # an overridden one takes two
         z, x, kl = self.sample(x, acts, **more)  # z, kl (N, Z, R, R)
-        return z, self.resnet(x + self.z_fn(z)), kl
+        return z, self.resnet(self._plus(x, z)), kl
+
+    def _plus(self, x, z):
+        """The state plus z's share (N, C, R, R), written over that where no program may keep it."""
+        own = self.z_fn == self._own_z_fn and plain_conv(self.z_proj)
+        return add_to_stream(x, self.z_fn(z)) if own else x + self.z_fn(z)
 
     def forward_uncond(self, xs, t=None, lvs=None):
         """The prior pass: xs, with z as in sample_uncond."""
@@ -259,8 +267,7 @@ class DecBlock(nn.Module):
         if lvs is not None:  # such as NumPy's, or stored in half the bytes
             lvs = torch.as_tensor(lvs).to(next(self.parameters()))
         z, x = self.sample_uncond(x, t, lvs)  # (N, Z, R, R), (N, C, R, R)
-        x = x + self.z_fn(z)  # (N, C, R, R)
-        xs[self.base] = self.resnet(x)  # (N, C, R, R)
+        xs[self.base] = self.resnet(self._plus(x, z))  # (N, C, R, R)
         return xs
 
 
@@ -312,9 +319,7 @@ class Decoder(HModule):
         """The posterior pass: (px_z, one dict a block), the dicts and options as DecBlock's."""
         xs, stats = self._start(len(next(iter(activations.values()))), labels), []
         more = {"get_gaussians": True} if get_gaussians else {}  # an overridden block takes three
-        activated = {
-            r: shared_gelu(activations[r]) for r in self.resolutions
-        }  # each (N, C, R, R) or None
+        activated = {r: shared_gelu(activations[r]) for r in self.resolutions}  # or None each
         all_blocks = list(self.dec_blocks)
         for segment in self.segments:
             blocks = all_blocks[segment]
@@ -329,9 +334,8 @@ class Decoder(HModule):
                         stats.append(of_block)
                 return xs, stats
 
-            tensors = activations[base], activated[base], *xs.values()
             on = self.checkpointing and not is_of_images()  # the default generator's is replayed
-            xs, of_blocks = checkpointed(on, run, *tensors)
+            xs, of_blocks = checkpointed(on, run, activations[base], activated[base], *xs.values())
             stats += of_blocks
         return self.final_fn(xs[self.H.image_size]), stats
 

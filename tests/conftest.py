@@ -9,6 +9,7 @@ from fakes import write_sample_folder
 from runs import Run, sample_in
 
 import fused
+import likelihood
 
 # Commands start as from a terminal: whatever runs the tests, such as a job in the background, may
 # have these ignored, which every child would inherit.
@@ -47,6 +48,7 @@ def _as_large(request, monkeypatch):
     sizes = "SMALL", "SMALL_BATCH", "SMALL_LONE", "SMALL_GELU", "SMALL_PRODUCT", "TINY", "LONE"
     for name in sizes:
         monkeypatch.setattr(fused, name, 0)
+    monkeypatch.setattr(likelihood, "KEPT_BYTES", 0)
 
 
 @pytest.fixture(scope="session")

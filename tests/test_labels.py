@@ -165,6 +165,17 @@ def test_wrong_labels(labels, words):
         labelled().forward_uncond_samples(3, labels=labels)
 
 
+@torch.no_grad()
+def test_no_labels_are_those_of_minus_1_where_no_gradient_is_wanted():
+    vae, (x, target) = labelled(), batch()
+    found = []
+    for labels in (None, [-1] * 4):
+        torch.manual_seed(1)
+        rates = vae(x, target, per_image=True, labels=labels)["rate"]
+        found.append((rates, torch.from_numpy(vae.forward_uncond_samples(4, labels=labels))))
+    assert all(map(torch.equal, *found))
+
+
 def test_a_network_that_knows_none():
     vae = labelled(n_labels=0)
     assert not hasattr(vae.decoder, "label_xs")

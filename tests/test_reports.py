@@ -128,11 +128,13 @@ def test_dry_run_ends_after_the_summary(tmp_path):
     assert "train_loss" not in done.stdout and not list(tmp_path.rglob("*.th"))
 
 
+@pytest.mark.small
+@pytest.mark.parametrize("n", [4, 32])
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_of_activations_is_what_a_forward_pass_leaves(checkpointing):
+def test_memory_of_activations_is_what_a_forward_pass_leaves(checkpointing, n):
     """Counted without data, against the bytes alive after a real pass."""
-    H = get_hparams("digits", checkpoint_activations=checkpointing)
-    vae, x = VAE(H), torch.zeros(4, 8, 8, 1)
+    H = get_hparams("digits", n_batch=n, checkpoint_activations=checkpointing)
+    vae, x = VAE(H), torch.zeros(n, 8, 8, 1)
     if checkpointing:
         vae.checkpoint_activations()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -142,7 +144,7 @@ def test_memory_of_activations_is_what_a_forward_pass_leaves(checkpointing):
     if checkpointing:  # the generator's state before each segment, in any batch as large
         n_segments = len(vae.encoder.segments) + len(vae.decoder.segments)
         alive -= n_segments * torch.get_rng_state().nbytes
-    assert elbo.requires_grad and 4 * activation_bytes(H) == pytest.approx(alive, rel=0.05)
+    assert elbo.requires_grad and activation_bytes(H) == pytest.approx(alive, rel=0.05)
 
 
 def test_every_preset_has_a_summary():

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from golden import FOLDER, figures, generators, inputs, model, sha256_of_weights
+from reference import PlainVAE
 from torch.utils.flop_counter import FlopCounterMode
 
 from hps import Hyperparams, get_hparams
 from noise import noise_of_images
 from vae import VAE, Block, pad_channels
-from vae_helpers import draw_gaussian_diag_samples, gaussian_analytical_kl
+from vae_helpers import draw_gaussian_diag_samples, gaussian_analytical_kl, get_3x3
 
 # ---- the original's figures ------------------------------------------------------------------
 
@@ -184,6 +185,91 @@ def test_a_module_put_in_place_of_a_convolution_is_called():
             with torch.no_grad():
                 elbos.append(vae(*inputs(H, 3, seed=7))["elbo"].item())
         assert elbos[0] != elbos[1], conv
+
+
+@pytest.mark.parametrize("small", [False, pytest.param(True, marks=pytest.mark.small)])
+@pytest.mark.parametrize(
+    "places",
+    [
+        ["decoder.out_net.out_conv"],
+        ["decoder.dec_blocks.3.z_proj"],
+        ["decoder.dec_blocks.3.enc.c1"],
+        ["decoder.dec_blocks.3.enc.c1", "decoder.dec_blocks.3.prior.c1"],
+        ["decoder.dec_blocks.3.prior.c4", "encoder.enc_blocks.0.c1"],
+    ],
+)
+def test_a_kernel_of_3_in_place_of_one_of_1(places, small):
+    """Where it is the plain convolution, too, that a fused form may replace."""
+    H, vae = model("tiny")
+    for place in places:
+        parent, _, name = place.rpartition(".")
+        conv = getattr(vae.get_submodule(parent), name)
+        setattr(vae.get_submodule(parent), name, get_3x3(conv.in_channels, conv.out_channels))
+    found = []
+    for m in (vae, PlainVAE(vae)):
+        torch.manual_seed(1)
+        loss = m(*inputs(H, 3, seed=7))["elbo"]
+        found.append((loss.item(), m.forward_uncond_samples(3).astype(int)))
+    assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
+    difference = np.abs(found[0][1] - found[1][1])
+    assert difference.max() <= 1 and (difference > 0).sum() <= 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["enc.c1", "prior.c1", "prior.c4", "resnet.c3"])
+def test_what_is_no_module_in_place_of_a_convolution_is_called(name):
+    H, vae = model("tiny")
+    block, _, conv = f"decoder.dec_blocks.3.{name}".rpartition(".")
+    block, elbos, calls = vae.get_submodule(block), [], []
+    for replaced in (False, True):
+        if replaced:
+            own = getattr(block, conv)
+            delattr(block, conv)
+            setattr(block, conv, lambda t, own=own: (calls.append(1), own(t))[1])
+        torch.manual_seed(1)
+        elbos.append(vae(*inputs(H, 3, seed=7))["elbo"].item())
+    assert calls == [1] and elbos[1] == pytest.approx(elbos[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_what_a_z_fn_of_a_programs_own_gave_is_not_written_to(grad):
+    """Nor what a program reads of one by the hook of its convolution, on its block alone or all."""
+    H, vae = model("tiny")
+    kept, calls = [], dict.fromkeys(("z_fn", "hook", "global"), 0)
+
+    def keep(name, out):
+        kept.append((out, out.detach().clone()))
+        calls[name] += 1
+        return out
+
+    def run():
+        with torch.set_grad_enabled(grad):
+            torch.manual_seed(1)
+            elbo = vae(*inputs(H, 3, seed=7))["elbo"].item()
+        torch.manual_seed(1)
+        return elbo, vae.forward_uncond_samples(3).astype(int)
+
+    def see(module, _, out):
+        if isinstance(module, torch.nn.Conv2d):
+            keep("global", out)
+
+    elbo, pictures = run()
+    first, *_, last = vae.decoder.dec_blocks
+    own = first.z_fn
+    first.z_fn = lambda z: keep("z_fn", own(z))
+    last.z_proj.register_forward_hook(lambda module, _, out: keep("hook", out))
+    handle = torch.nn.modules.module.register_module_forward_hook(see)
+    for hooks in (True, False):
+        other_elbo, other_pictures = run()
+        assert other_elbo == pytest.approx(elbo, rel=1e-5)
+        assert np.abs(other_pictures - pictures).max() <= 1
+        if hooks:
+            handle.remove()
+            convs = sum(isinstance(m, torch.nn.Conv2d) for m in vae.modules())
+            without = len(list(vae.encoder.enc_blocks)) * 4 + 1 + 4 * len(vae.decoder.dec_blocks)
+            assert calls["global"] == convs + convs - without  # samples have no posterior
+    assert calls["z_fn"] == calls["hook"] == 4
+    assert all(torch.equal(out, then) for out, then in kept)
 
 
 class Strict:
