@@ -253,7 +253,8 @@ class DecBlock(nn.Module):
     def _merge(self, x, acts, gaussians):
         more = {} if gaussians is None else {"gaussians": gaussians}  # an overridden one takes two
         z, x, kl = self.sample(x, acts, **more)  # z, kl (N, Z, R, R)
-        return z, self.resnet(self._plus(x, z)), kl
+        x = self._plus(x, z)  # (N, C, R, R); under the old name, so that the old is let go
+        return z, self.resnet(x), kl
 
     def _plus(self, x, z):
         """The state plus z's share (N, C, R, R), written over that where no program may keep it."""
@@ -262,12 +263,12 @@ class DecBlock(nn.Module):
 
     def forward_uncond(self, xs, t=None, lvs=None):
         """The prior pass: xs, with z as in sample_uncond."""
-        x = self._state(xs, max(xs.values(), key=len))  # (N, C, R, R)
-        x = self._mix_in(x, xs)  # (N, C, R, R)
+        x = self._mix_in(self._state(xs, max(xs.values(), key=len)), xs)  # (N, C, R, R)
         if lvs is not None:  # such as NumPy's, or stored in half the bytes
             lvs = torch.as_tensor(lvs).to(next(self.parameters()))
         z, x = self.sample_uncond(x, t, lvs)  # (N, Z, R, R), (N, C, R, R)
-        xs[self.base] = self.resnet(self._plus(x, z))  # (N, C, R, R)
+        x = self._plus(x, z)  # (N, C, R, R)
+        xs[self.base] = self.resnet(x)  # (N, C, R, R)
         return xs
 
 
