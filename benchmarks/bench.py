@@ -11,6 +11,7 @@ the time as a multiple of that without.
 import copy
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -68,12 +69,19 @@ def peak_bytes(device, call):
     return max(itertools.accumulate(changes, initial=0))
 
 
-def seconds(device, call):
+# What a turn of a rendition takes at least: shorter calls are made several times. One of 4 ms, an
+# image of digits, tells as much of what else the machine does.
+TURN_SECONDS = 0.1
+
+
+def seconds(device, call, n_calls=1):
+    """Of one call, the mean of n_calls."""
     start = time.perf_counter()
-    call()
+    for _ in range(n_calls):
+        call()
     if device.startswith("cuda"):
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / n_calls
 
 
 def matrix_peak(device, kind):
@@ -92,15 +100,10 @@ def matrix_peak(device, kind):
         2 * images * 32 * 32 * 512 * 512: lambda: torch.nn.functional.conv2d(image, weight),
     }
 
-    def several(call):
-        for _ in range(a_wait):
-            call()
-
     allow_tf32(kind == "tf32")
     with torch.no_grad(), forward_precision(kind, device):
         return max(
-            a_wait * n / min(seconds(device, lambda c=call: several(c)) for _ in range(8))
-            for n, call in calls.items()
+            n / min(seconds(device, call, a_wait) for _ in range(8)) for n, call in calls.items()
         )
 
 
@@ -215,9 +218,10 @@ def measure(args, preset, batch):
             }
             if forward:
                 row[name]["saved_mb_per_image"] = saved_bytes(modules[name], forward) / batch / 1e6
-        for _ in range(args.rounds):
-            for name, calls in renditions.items():
-                times[name].append(seconds(args.device, calls[task][0]))
+        n_calls = math.ceil(TURN_SECONDS / seconds(args.device, renditions["plain"][task][0]))
+        for turn in range(args.rounds):
+            for name in list(renditions)[:: -1 if turn % 2 else 1]:
+                times[name].append(seconds(args.device, renditions[name][task][0], n_calls))
         for name in renditions:
             median = statistics.median(times[name])
             row[name] |= {"seconds": median, "all_seconds": times[name]}
