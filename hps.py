@@ -124,7 +124,7 @@ photos32 = Hyperparams(
 )
 HPARAMS_REGISTRY["photos32"] = photos32
 
-# n_batch fits 8 GB: kept for the backward pass are 113, 208, 359 and 549 MiB an image (float32).
+# n_batch fits 8 GB: kept for the backward pass are 113, 208, 357 and 549 MiB an image (float32).
 images32 = Hyperparams(  # 15.0 million parameters
     cifar10,
     dataset="images",

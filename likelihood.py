@@ -134,7 +134,7 @@ PART_BYTES = {"cpu": 2**20}
 # On a GPU starting an operator takes as long as it computes at some 10 MB (5 us at 2 TB/s, three
 # tensors of a third of that each read or written): at three times that, starts are no matter.
 PART_BYTES_ELSEWHERE = 2**25
-# Bytes of the inputs up to which autograd may keep all that it wants, some ten times as much, for
+# Bytes of the inputs up to which autograd may keep all that it wants, some six times as much, for
 # a fifth less time: 4 KB, an image of digits, 0.93 ms in place of 1.21; 66 KB 1.81 of 2.24.
 KEPT_BYTES = 2**16
 
