@@ -219,7 +219,7 @@ class _GeluConvs(torch.autograd.Function):
 
 
 # Elements an image, of all, and of a lone one, up to which a backward pass in Python costs too much
-# for its memory: 0.15 to 0.25 ms a convolution. Of 8 images of cifar10, 6,144 elements each at 4 x 4
+# for its memory: 0.15 to 0.25 ms a convolution. Of 8 images of cifar10, 6,144 elements each at 4x4
 # pixels, it saves 2 MB an image; one image of photos32, 65,536, trains in 0.94 of the time.
 SMALL, SMALL_BATCH, SMALL_LONE = 6_000, 2**15, 2**16
 
