@@ -44,14 +44,15 @@ def saved_bytes(module, forward):
 def activation_bytes(H):
     """Bytes that a forward pass of H.n_batch images to train on keeps for the backward pass.
 
-    Counted on one of tensors that have shapes alone.
+    Counted on one of tensors that have shapes alone; of more than 32 images in proportion.
     """
+    n = min(H.n_batch, 32)
     with torch.device("meta"):
         vae = VAE(H)
         if setting(H, "checkpoint_activations"):
             vae.checkpoint_activations()
-        x = torch.empty(H.n_batch, H.image_size, H.image_size, H.image_channels)
-        return saved_bytes(vae, lambda: vae(x, x)["elbo"])
+        x = torch.empty(n, H.image_size, H.image_size, H.image_channels)
+        return saved_bytes(vae, lambda: vae(x, x)["elbo"]) * H.n_batch // n
 
 
 def _size(n_bytes):

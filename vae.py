@@ -147,9 +147,9 @@ class Encoder(HModule):
         for segment in self.segments:
             blocks = all_blocks[segment]
             pools = getattr(blocks[0], "down_rate", None) is not None
-            # Programs take views of the last before pooling; checkpointing keeps one of the two.
+            # Programs take views of the last before pooling, and gradients by all that follows it.
             activations[x.shape[2]] = last = x.contiguous() if pools else x
-            x = last if self.checkpointing else x
+            x = last if torch.is_grad_enabled() else x
             x = checkpointed(self.checkpointing, partial(run_in_turn, blocks), x)
             x = pad_channels(x, self.widths[x.shape[2]])  # (N, C, R, R) of the new R
         activations[x.shape[2]] = x.contiguous()
@@ -258,7 +258,7 @@ class DecBlock(nn.Module):
 
     def _plus(self, x, z):
         """The state plus z's share (N, C, R, R), written over that where no program may keep it."""
-        own = self.z_fn == self._own_z_fn and plain_conv(self.z_proj)
+        own = self.z_fn == self._own_z_fn and z.dtype == x.dtype and plain_conv(self.z_proj)
         return add_to_stream(x, self.z_fn(z)) if own else x + self.z_fn(z)
 
     def forward_uncond(self, xs, t=None, lvs=None):

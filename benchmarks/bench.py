@@ -76,11 +76,12 @@ TURN_SECONDS = 0.1
 
 def seconds(device, call, n_calls=1):
     """Of one call, the mean of n_calls."""
+    wait = torch.cuda.synchronize if device.startswith("cuda") else lambda: None
+    wait()
     start = time.perf_counter()
     for _ in range(n_calls):
         call()
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
+    wait()
     return (time.perf_counter() - start) / n_calls
 
 
