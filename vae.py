@@ -183,7 +183,7 @@ class DecBlock(nn.Module):
         with without_autocast(z.device.type):  # few channels; its sum is float32
             return conv_1x1(z, self.z_proj)
 
-    _own_z_fn = z_fn
+    _own_z_fn = z_fn  # a program's own, of a subclass or an instance, is told from it
 
     def _state(self, xs, like):
         """The state at this resolution (N, C, R, R), zeros where xs has none, N that of `like`."""

@@ -147,6 +147,12 @@ def test_memory_of_activations_is_what_a_forward_pass_leaves(checkpointing, n):
     assert elbo.requires_grad and activation_bytes(H) == pytest.approx(alive, rel=0.05)
 
 
+def test_memory_of_a_batch_of_any_size_is_counted_on_32_images():
+    """A million of them, before anything else refuses it: their mixtures are some 12,600 parts."""
+    one, many = (activation_bytes(get_hparams("cifar10", n_batch=n)) for n in (32, 10**6))
+    assert many == one * 10**6 // 32
+
+
 def test_every_preset_has_a_summary():
     H = get_hparams("ffhq1024", device="cpu", hparam_sets="ffhq1024")
     with torch.device("meta"):
