@@ -96,21 +96,33 @@ def _with_noise(function, module, noise, *args):
         return function(module, *args)
 
 
+def _asked(guards):
+    """Which guards are asked at each pass: of PyTorch's own modules those of weights alone.
+
+    Weights may be frozen, or another module put in place. That nobody has changed a convolution's
+    padding, or hooked it, took the twentieth part of an evaluation of `digits` to ask.
+    """
+    kept = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe(guards)
+    return [k or g.guard_type == "TENSOR_MATCH" for k, g in zip(kept, guards, strict=True)]
+
+
 class _Compiled:
     """What is compiled of a network: whole or in blocks, for the first pass that it takes."""
 
     def __init__(self, whole):
         self.whole, self.key = whole, None
         # A network has more shapes of blocks than the eight that PyTorch compiles by default.
-        self.function = torch.compile(_with_noise, dynamic=False, recompile_limit=64)
+        self.function = torch.compile(
+            _with_noise, dynamic=False, recompile_limit=64, options={"guard_filter_fn": _asked}
+        )
 
     def takes(self, function, vae, x, rest):
         """Whether this pass is as the first that it took."""
         grad = torch.is_grad_enabled()
-        if grad != next(vae.parameters()).requires_grad:
-            return False
         tensors = [t for t in (x, *rest) if torch.is_tensor(t)]
-        others = [t for t in rest if not torch.is_tensor(t)]
+        others = [t for t in rest if t is None or isinstance(t, bool)]
+        if grad != next(vae.parameters()).requires_grad or len(tensors + others) <= len(rest):
+            return False  # labels may be any array
         key = (
             (grad, torch.is_inference_mode_enabled(), compute_dtype(x)),
             others,

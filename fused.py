@@ -170,7 +170,12 @@ def _conv(x, weight, bias=None, padding=0):
         if bias is not None and _is_lone(x):
             h = torch.addmm(bias[:, None], flat, x.flatten(2)[0])  # (out, R * R)
             return h.view(1, -1, *x.shape[2:])
-        return F.linear(x.permute(0, 2, 3, 1), flat, bias).permute(0, 3, 1, 2)
+        h = x.permute(0, 2, 3, 1)  # (N, R, R, C)
+        if bias is not None and torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            # Added by what follows: an evaluation of `digits` takes 0.97 of the time. With
+            # gradients a step would take 1.01.
+            return (F.linear(h, flat) + bias).permute(0, 3, 1, 2)
+        return F.linear(h, flat, bias).permute(0, 3, 1, 2)
     return F.conv2d(x, flat[:, :, None, None], bias)
 
 
@@ -323,38 +328,6 @@ def conv_1x1(x, conv):
     x = channels_last(x)
     plain = plain_conv(conv)
     return _conv(x, *plain, conv.padding[0]) if plain else conv(x)
-
-
-# ---- the KL of two Gaussians ---------------------------------------------------------------
-
-
-def _gaussian_kl(mu1, mu2, logsigma1, logsigma2):
-    variances = 0.5 * (logsigma1.exp() ** 2 + (mu1 - mu2) ** 2) / logsigma2.exp() ** 2
-    return -0.5 + logsigma2 - logsigma1 + variances
-
-
-class _GaussianKL(torch.autograd.Function):
-    """The KL of two Gaussians, which keeps its four inputs for the backward pass, not ten terms."""
-
-    @staticmethod
-    def forward(ctx, mu1, mu2, logsigma1, logsigma2):
-        ctx.save_for_backward(mu1, mu2, logsigma1, logsigma2)
-        return _gaussian_kl(mu1, mu2, logsigma1, logsigma2)
-
-    @staticmethod
-    def backward(ctx, grad):
-        mu1, mu2, logsigma1, logsigma2 = ctx.saved_tensors
-        variance1, variance2, difference = logsigma1.exp() ** 2, logsigma2.exp() ** 2, mu1 - mu2
-        grad_mu1 = grad * difference / variance2
-        grad_logsigma1 = grad * (variance1 / variance2 - 1)
-        grad_logsigma2 = grad * (1 - (variance1 + difference**2) / variance2)
-        return grad_mu1, -grad_mu1, grad_logsigma1, grad_logsigma2
-
-
-def gaussian_kl(mu1, mu2, logsigma1, logsigma2):
-    """vae_helpers.gaussian_analytical_kl, keeping four tensors for the backward pass, not ten."""
-    keep = torch.is_grad_enabled() and not is_traced()
-    return (_GaussianKL.apply if keep else _gaussian_kl)(mu1, mu2, logsigma1, logsigma2)
 
 
 # ---- the posterior with the prior ----------------------------------------------------------

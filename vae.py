@@ -48,6 +48,7 @@ from vae_helpers import (
     gaussian_analytical_kl,
     get_1x1,
     get_3x3,
+    upsample,
 )
 
 # ---- encoder -------------------------------------------------------------------------------
@@ -196,8 +197,7 @@ class DecBlock(nn.Module):
         """x (N, C, R, R) plus the upsampled state of resolution `mixin`, where there is one."""
         if self.mixin is None:
             return x
-        mixed = xs[self.mixin][:, : x.shape[1]]  # (N, C, S, S)
-        return x + F.interpolate(mixed, scale_factor=self.base // self.mixin)
+        return x + upsample(xs[self.mixin][:, : x.shape[1]], self.base // self.mixin)
 
     def get_inputs(self, xs, activations):
         """(x, acts), each (N, C, R, R): the state, repeated to the batch of the activations."""

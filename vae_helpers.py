@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fused import conv_1x1, gaussian_kl
+from fused import conv_1x1, is_traced
 from image_sets import channels_of, target_bits
 from likelihood import (
     discretized_mix_logistic_loss,
@@ -22,9 +22,33 @@ from precision import without_autocast
 # ---- Gaussians -----------------------------------------------------------------------------
 
 
+def _gaussian_kl(mu1, mu2, logsigma1, logsigma2):
+    variances = 0.5 * (logsigma1.exp() ** 2 + (mu1 - mu2) ** 2) / logsigma2.exp() ** 2
+    return -0.5 + logsigma2 - logsigma1 + variances
+
+
+class _GaussianKL(torch.autograd.Function):
+    """The KL of two Gaussians, which keeps its four inputs for the backward pass, not ten terms."""
+
+    @staticmethod
+    def forward(ctx, mu1, mu2, logsigma1, logsigma2):
+        ctx.save_for_backward(mu1, mu2, logsigma1, logsigma2)
+        return _gaussian_kl(mu1, mu2, logsigma1, logsigma2)
+
+    @staticmethod
+    def backward(ctx, grad):
+        mu1, mu2, logsigma1, logsigma2 = ctx.saved_tensors
+        variance1, variance2, difference = logsigma1.exp() ** 2, logsigma2.exp() ** 2, mu1 - mu2
+        grad_mu1 = grad * difference / variance2
+        grad_logsigma1 = grad * (variance1 / variance2 - 1)
+        grad_logsigma2 = grad * (1 - (variance1 + difference**2) / variance2)
+        return grad_mu1, -grad_mu1, grad_logsigma1, grad_logsigma2
+
+
 def gaussian_analytical_kl(mu1, mu2, logsigma1, logsigma2):
     """Elementwise KL(N(mu1, e^logsigma1) || N(mu2, e^logsigma2)) in nats: posterior 1, prior 2."""
-    return gaussian_kl(mu1, mu2, logsigma1, logsigma2)
+    keep = torch.is_grad_enabled() and not is_traced()
+    return (_GaussianKL.apply if keep else _gaussian_kl)(mu1, mu2, logsigma1, logsigma2)
 
 
 def draw_gaussian_diag_samples(mu, logsigma):
@@ -67,6 +91,16 @@ def get_3x3(in_dim, out_dim, zero_bias=True, zero_weights=False, groups=1, scale
 def get_1x1(in_dim, out_dim, zero_bias=True, zero_weights=False, groups=1, scaled=False):
     """get_conv of kernel 1."""
     return get_conv(in_dim, out_dim, 1, 1, 0, zero_bias, zero_weights, groups, scaled)
+
+
+def upsample(t, factor):
+    """t (N, C, R, R) with each pixel as factor x factor equal ones."""
+    if not torch.compiler.is_compiling():
+        return F.interpolate(t, scale_factor=factor)
+    # Of interpolate a compiler looks each pixel up, and sums its gradient one number at a time.
+    n, c, r, _ = t.shape
+    t = t.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, factor, -1, factor, -1)
+    return t.reshape(n, r * factor, r * factor, c).permute(0, 3, 1, 2)
 
 
 class HModule(nn.Module):

@@ -25,6 +25,7 @@ from bench import seconds
 
 from compiling import compile_network
 from endings import die_with_parent, run_command
+from labels import labels_of
 from launchers import resolve_device
 from options import OneLineParser
 from presets import get_hparams
@@ -42,6 +43,8 @@ def child(args):
     shape = H.n_batch, H.image_size, H.image_size, H.image_channels
     x = torch.randn(shape, device=args.device)
     target = torch.rand_like(x) * 2 - 1
+    n_labels = labels_of(H)  # as a run of its data hands them over
+    labels = torch.randint(-1, n_labels, shape[:1], device=args.device) if n_labels else None
     figures, calls = {}, {}
     for name in ("eager", "compiled"):
         vae = VAE(H).to(args.device)
@@ -52,11 +55,11 @@ def child(args):
 
         def train(vae=vae):
             vae.zero_grad(set_to_none=True)
-            vae(x, target)["elbo"].backward()
+            vae(x, target, labels=labels)["elbo"].backward()
 
         def evaluate(ema_vae=ema_vae):
             with torch.inference_mode():
-                ema_vae(x, target)
+                ema_vae(x, target, labels=labels)
 
         for task, call in (("train", train), ("evaluate", evaluate)):
             figures[f"{name}_{task}_first"] = seconds(args.device, call)

@@ -19,10 +19,8 @@ from noise import fill_noise, image_generators, noise_of_images
 from vae import VAE
 
 
-def network():
-    H = get_hparams(
-        "digits", width=16, enc_blocks="8x1,8d8,1x1", dec_blocks="1x1,8m1,8x1", device="cpu"
-    )
+def network(enc_blocks="8x1,8d8,1x1", dec_blocks="1x1,8m1,8x1"):
+    H = get_hparams("digits", width=16, enc_blocks=enc_blocks, dec_blocks=dec_blocks, device="cpu")
     torch.manual_seed(0)
     vae = VAE(H)
     for block in vae.decoder.dec_blocks:  # of a prior at 0 the rate is little more than rounding
@@ -44,11 +42,11 @@ def graphs(monkeypatch):
     return lambda: counters["stats"]["unique_graphs"]
 
 
-def step(vae, batch):
+def step(vae, batch, **labels):
     """(figures, gradients, state of the generator after it) of a pass with gradients."""
     vae.zero_grad(set_to_none=True)
     torch.manual_seed(1)
-    stats = vae(*batch)
+    stats = vae(*batch, **labels)
     stats["elbo"].backward()
     grads = {name: p.grad for name, p in vae.named_parameters()}
     return {k: v.item() for k, v in stats.items()}, grads, torch.get_rng_state()
@@ -57,6 +55,9 @@ def step(vae, batch):
 def check_same(found, wanted):
     assert found[0] == pytest.approx(wanted[0], rel=1e-5)
     for name, grad in wanted[1].items():
+        if grad is None or found[1][name] is None:
+            assert grad is found[1][name], name
+            continue
         assert (grad - found[1][name]).norm() <= 5e-4 * grad.norm(), name
     assert torch.equal(found[2], wanted[2])
 
@@ -97,6 +98,36 @@ def test_a_compiled_network_is_the_network(whole, graphs, monkeypatch):
     assert trained == n_graphs[1] and set(later) == {both}
     n_blocks = len(vae.encoder.enc_blocks) + len(vae.decoder.dec_blocks)
     assert (trained, both) == (1, 2) if whole else 1 < trained < both <= 2 * n_blocks
+
+
+def test_labels_in_a_compiled_network(graphs):
+    H, vae = network()
+    batch, labels = inputs(H, 4, seed=7), torch.tensor([3, 9, -1, 3])
+    wanted = step(vae, batch, labels=labels)
+    rows = wanted[1]["decoder.label_xs.0"].flatten(1).any(dim=1)
+    assert rows.nonzero().flatten().tolist() == [3, 9]
+    compile_network(vae)
+    check_same(step(vae, batch, labels=labels), wanted)
+    check_same(step(vae, batch, labels=labels.numpy()), wanted)  # eager
+    assert graphs() == 1
+
+
+def test_what_is_changed_after_a_compiled_pass_counts(graphs):
+    """Weights that learn from then on, or no longer; a module in the place of a convolution."""
+    H, vae = network()
+    block = vae.decoder.dec_blocks[1]
+    young, old = block.enc.c2.weight.requires_grad_(False), block.prior.c2.bias
+    batch = inputs(H, 3, seed=7)
+    compile_network(vae)
+    step(vae, batch)
+    assert young.grad is None and old.grad is not None
+    young.requires_grad_(True)
+    old.requires_grad_(False)
+    check_same(step(vae, batch), step(copy.deepcopy(vae), batch))
+    assert young.grad is not None and old.grad is None
+    block.resnet.c2 = torch.nn.Sequential(torch.nn.Tanh(), block.resnet.c2)
+    check_same(step(vae, batch), step(copy.deepcopy(vae), batch))
+    assert graphs() == 3
 
 
 def test_blocks_of_a_shape_are_compiled_once(graphs, monkeypatch):
@@ -150,16 +181,15 @@ def test_an_own_sampler_stays_as_it_is(blocks, draws, graphs, monkeypatch):
     assert graphs() == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize("whole", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_compiled_code_agrees(whole, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(compiling, "WHOLE", 99 if whole else 0)
-    H, vae = network()
-    batch = inputs(H, 3, seed=7)
-    wanted = step(vae, batch)
+    H, vae = network("8d8", "1x1,8m1")
+    batch, labels = inputs(H, 3, seed=7), torch.tensor([3, -1, 3])
+    wanted = step(vae, batch, labels=labels)
     compile_network(vae)
-    check_same(step(vae, batch), wanted)
+    check_same(step(vae, batch, labels=labels), wanted)
     assert any(tmp_path.rglob("*.so"))
 
 
