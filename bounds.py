@@ -10,7 +10,7 @@ import math
 import torch
 
 from compiling import run_network
-from labels import given
+from labels import check_labels, given, labels_of
 from noise import noise_of_images
 from precision import at_least_float32, without_autocast
 
@@ -30,6 +30,8 @@ def distortion_and_rates(vae, x, x_target, channels=None, labels=None):
         channels: a list that gets, a layer each, the KL of its latent channels (N, Z), in nats,
             summed over their positions.
     """
+    if labels is not None:  # before a compiled pass, which takes tensors and doesn't look at them
+        labels = check_labels(labels, len(x), labels_of(getattr(vae, "H", None)))
     wanted = channels is not None
     distortion, rates, of_channels = run_network(_terms, vae, x, x_target, labels, wanted)
     if wanted:

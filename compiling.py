@@ -52,7 +52,7 @@ def compile_network(vae):
     n_blocks = len(vae.encoder.enc_blocks) + len(vae.decoder.dec_blocks)
     checkpointing = vae.encoder.checkpointing or vae.decoder.checkpointing
     whole = n_blocks <= WHOLE and not checkpointing
-    _networks[vae] = _Compiled(whole)
+    _networks[vae] = _Compiled(whole, vae)
 
 
 def run_network(function, vae, x, *rest):
@@ -96,34 +96,31 @@ def _with_noise(function, module, noise, *args):
         return function(module, *args)
 
 
-def _asked(guards):
-    """Which guards are asked at each pass: of PyTorch's own modules those of weights alone.
-
-    Weights may be frozen, or another module put in place. That nobody has changed a convolution's
-    padding, or hooked it, took the twentieth part of an evaluation of `digits` to ask.
-    """
-    kept = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe(guards)
-    return [k or g.guard_type == "TENSOR_MATCH" for k, g in zip(kept, guards, strict=True)]
-
-
 class _Compiled:
     """What is compiled of a network: whole or in blocks, for the first pass that it takes."""
 
-    def __init__(self, whole):
+    def __init__(self, whole, vae):
         self.whole, self.key = whole, None
-        # A network has more shapes of blocks than the eight that PyTorch compiles by default.
+        self.modules = [module._modules for module in vae.modules() if module._modules]
+        self.weights = [module._parameters for module in vae.modules() if module._parameters]
+        # Guards on PyTorch's own modules would take a tenth of an evaluation of `digits`: what may
+        # change of them is in the key. A network has more shapes of blocks than eight, the default.
+        skip = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
         self.function = torch.compile(
-            _with_noise, dynamic=False, recompile_limit=64, options={"guard_filter_fn": _asked}
+            _with_noise, dynamic=False, recompile_limit=64, options={"guard_filter_fn": skip}
         )
 
     def takes(self, function, vae, x, rest):
         """Whether this pass is as the first that it took."""
         grad = torch.is_grad_enabled()
         tensors = [t for t in (x, *rest) if torch.is_tensor(t)]
-        others = [t for t in rest if t is None or isinstance(t, bool)]
-        if grad != next(vae.parameters()).requires_grad or len(tensors + others) <= len(rest):
-            return False  # labels may be any array
+        others = [t for t in rest if not torch.is_tensor(t)]
+        if grad != next(vae.parameters()).requires_grad:
+            return False
+        weights = [p for own in self.weights for p in own.values() if p is not None]
         key = (
+            [[*own.values()] for own in self.modules],
+            [(p.dtype, p.requires_grad) for p in weights],
             (grad, torch.is_inference_mode_enabled(), compute_dtype(x)),
             others,
             [(t.shape, t.dtype, t.device) for t in tensors],

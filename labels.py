@@ -65,9 +65,9 @@ def check_labels(labels, n, n_labels, any_number=False):
     any_number: whether there may be another number of them than n.
 
     Raises:
-        ValueError: for another shape than (n,), numbers that are none of a label, or
-            labels of a network that knows none. On CUDA, where a look at them costs a wait, and
-            under a compiler, whose graph it breaks, numbers are not held against n_labels.
+        ValueError: for another shape than (n,), numbers that are none of a label, or labels of a
+            network that knows none. On CUDA, where a look at them costs a wait, and under a
+            compiler, whose graph it breaks, numbers are not held against n_labels.
     """
     if labels is None:
         return torch.full((n,), -1)
@@ -137,9 +137,10 @@ def label_rows(tables, labels, n, any_number=False):
 def _row(table, labels):
     """table[labels], in whose gradient rows are added up, not single numbers: in 1/9 of the time.
 
-    A compiler adds single numbers for an embedding too, or stumbles over it; not for a bag of one.
+    A compiler adds up single numbers for an embedding too, but not for a bag of one.
     """
-    shape, table = (len(labels), *table.shape[1:]), table.flatten(1)
     if torch.compiler.is_compiling():
-        return F.embedding_bag(labels[:, None], table, mode="sum").view(shape)
-    return F.embedding(labels, table).view(shape)
+        rows = F.embedding_bag(labels[:, None], table.flatten(1), mode="sum")
+    else:
+        rows = F.embedding(labels, table.flatten(1))
+    return rows.unflatten(1, table.shape[1:])

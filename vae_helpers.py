@@ -94,13 +94,13 @@ def get_1x1(in_dim, out_dim, zero_bias=True, zero_weights=False, groups=1, scale
 
 
 def upsample(t, factor):
-    """t (N, C, R, R) with each pixel as factor x factor equal ones."""
+    """t (N, C, R, R) with each pixel repeated factor times in both directions."""
     if not torch.compiler.is_compiling():
         return F.interpolate(t, scale_factor=factor)
     # Of interpolate a compiler looks each pixel up, and sums its gradient one number at a time.
-    n, c, r, _ = t.shape
+    n, c, h, w = t.shape
     t = t.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, factor, -1, factor, -1)
-    return t.reshape(n, r * factor, r * factor, c).permute(0, 3, 1, 2)
+    return t.reshape(n, h * factor, w * factor, c).permute(0, 3, 1, 2)
 
 
 class HModule(nn.Module):

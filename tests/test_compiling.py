@@ -17,6 +17,7 @@ from compiling import compile_network
 from hps import get_hparams
 from noise import fill_noise, image_generators, noise_of_images
 from vae import VAE
+from vae_helpers import upsample
 
 
 def network(enc_blocks="8x1,8d8,1x1", dec_blocks="1x1,8m1,8x1"):
@@ -108,26 +109,51 @@ def test_labels_in_a_compiled_network(graphs):
     assert rows.nonzero().flatten().tolist() == [3, 9]
     compile_network(vae)
     check_same(step(vae, batch, labels=labels), wanted)
-    check_same(step(vae, batch, labels=labels.numpy()), wanted)  # eager
+    check_same(step(vae, batch, labels=labels.tolist()), wanted)
+    for wrong in (-2, 10):
+        labels[1] = wrong
+        with pytest.raises(ValueError, match=f"label {wrong}: this network knows 0 to 9"):
+            step(vae, batch, labels=labels)
+    assert graphs() == 1
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 2), (3, 4)])
+def test_compiled_upsampling(size, graphs):
+    t = torch.randn(2, 5, *size).contiguous(memory_format=torch.channels_last)
+    assert torch.equal(torch.compile(upsample)(t, 3), upsample(t, 3))
     assert graphs() == 1
 
 
 def test_what_is_changed_after_a_compiled_pass_counts(graphs):
-    """Weights that learn from then on, or no longer; a module in the place of a convolution."""
+    """Weights that learn from then on, or no longer; other weights; a module for a convolution."""
     H, vae = network()
     block = vae.decoder.dec_blocks[1]
     young, old = block.enc.c2.weight.requires_grad_(False), block.prior.c2.bias
     batch = inputs(H, 3, seed=7)
     compile_network(vae)
-    step(vae, batch)
+
+    def check(n_graphs):
+        check_same(step(vae, batch), step(copy.deepcopy(vae), batch))
+        assert graphs() == n_graphs
+
+    check(1)
     assert young.grad is None and old.grad is not None
-    young.requires_grad_(True)
+    young.requires_grad_(True)  # eager from here
+    check(1)
     old.requires_grad_(False)
-    check_same(step(vae, batch), step(copy.deepcopy(vae), batch))
+    check(1)
     assert young.grad is not None and old.grad is None
-    block.resnet.c2 = torch.nn.Sequential(torch.nn.Tanh(), block.resnet.c2)
-    check_same(step(vae, batch), step(copy.deepcopy(vae), batch))
-    assert graphs() == 3
+    young.requires_grad_(False)
+    old.requires_grad_(True)
+    block.resnet.c2.weight = torch.nn.Parameter(block.resnet.c2.weight.detach() + 1)
+    check(1)
+    of_mirrors = torch.nn.Conv2d(4, 4, 3, 1, 1, padding_mode="reflect")
+    of_mirrors.load_state_dict(block.resnet.c2.state_dict())
+    for module in (torch.nn.Sequential(torch.nn.Tanh(), block.resnet.c2), of_mirrors):
+        block.resnet.c2 = module
+        check(1)
+    vae.double()
+    check(1)
 
 
 def test_blocks_of_a_shape_are_compiled_once(graphs, monkeypatch):
