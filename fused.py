@@ -331,6 +331,19 @@ def conv_1x1(x, conv):
     return _conv(x, *plain, conv.padding[0]) if plain else conv(x)
 
 
+# ---- upsampling ----------------------------------------------------------------------------
+
+
+def upsample(t, factor):
+    """t (N, C, R, R) with each pixel repeated factor times in both directions."""
+    if not torch.compiler.is_compiling():
+        return F.interpolate(t, scale_factor=factor)
+    # Of interpolate a compiler looks each pixel up, and sums its gradient one number at a time.
+    n, c, h, w = t.shape
+    t = t.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, factor, -1, factor, -1)
+    return t.reshape(n, h * factor, w * factor, c).permute(0, 3, 1, 2)
+
+
 # ---- the posterior with the prior ----------------------------------------------------------
 
 _activated = contextvars.ContextVar("(activations, their GELU) in work", default=(None, None))

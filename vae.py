@@ -34,6 +34,7 @@ from fused import (
     prior_alone,
     shared_gelu,
     sharing_gelu,
+    upsample,
 )
 from image_sets import channels_of
 from labels import given, label_rows, label_tables, labels_of
@@ -48,7 +49,6 @@ from vae_helpers import (
     gaussian_analytical_kl,
     get_1x1,
     get_3x3,
-    upsample,
 )
 
 # ---- encoder -------------------------------------------------------------------------------

@@ -93,16 +93,6 @@ def get_1x1(in_dim, out_dim, zero_bias=True, zero_weights=False, groups=1, scale
     return get_conv(in_dim, out_dim, 1, 1, 0, zero_bias, zero_weights, groups, scaled)
 
 
-def upsample(t, factor):
-    """t (N, C, R, R) with each pixel repeated factor times in both directions."""
-    if not torch.compiler.is_compiling():
-        return F.interpolate(t, scale_factor=factor)
-    # Of interpolate a compiler looks each pixel up, and sums its gradient one number at a time.
-    n, c, h, w = t.shape
-    t = t.permute(0, 2, 3, 1)[:, :, None, :, None].expand(-1, -1, factor, -1, factor, -1)
-    return t.reshape(n, h * factor, w * factor, c).permute(0, 3, 1, 2)
-
-
 class HModule(nn.Module):
     """A module made from hyperparameters: sets self.H, then calls self.build()."""
 

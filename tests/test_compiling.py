@@ -14,10 +14,10 @@ import compiling
 import vae as vae_module
 from bounds import distortion_and_rates
 from compiling import compile_network
+from fused import upsample
 from hps import get_hparams
 from noise import fill_noise, image_generators, noise_of_images
 from vae import VAE
-from vae_helpers import upsample
 
 
 def network(enc_blocks="8x1,8d8,1x1", dec_blocks="1x1,8m1,8x1"):
