@@ -103,11 +103,15 @@ class _Compiled:
         self.whole, self.key = whole, None
         self.modules = [module._modules for module in vae.modules() if module._modules]
         self.weights = [module._parameters for module in vae.modules() if module._parameters]
-        # Guards on PyTorch's own modules would take a tenth of an evaluation of `digits`: what may
-        # change of them is in the key. A network has more shapes of blocks than eight, the default.
-        skip = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
+        # A network has more shapes of blocks than eight, the default. To ask at each pass what
+        # PyTorch's own modules consist of, and what sizes tensors have, takes a tenth of an
+        # evaluation of `digits`: what may change is in the key.
+        options = {
+            "guard_filter_fn": torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe,
+            "size_asserts": False,
+        }
         self.function = torch.compile(
-            _with_noise, dynamic=False, recompile_limit=64, options={"guard_filter_fn": skip}
+            _with_noise, dynamic=False, recompile_limit=64, options=options
         )
 
     def takes(self, function, vae, x, rest):
@@ -120,7 +124,7 @@ class _Compiled:
         weights = [p for own in self.weights for p in own.values() if p is not None]
         key = (
             [[*own.values()] for own in self.modules],
-            [(p.dtype, p.requires_grad) for p in weights],
+            [(p.dtype, p.stride(), p.requires_grad) for p in weights],
             (grad, torch.is_inference_mode_enabled(), compute_dtype(x)),
             others,
             [(t.shape, t.dtype, t.device) for t in tensors],

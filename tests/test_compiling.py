@@ -152,6 +152,8 @@ def test_what_is_changed_after_a_compiled_pass_counts(graphs):
     for module in (torch.nn.Sequential(torch.nn.Tanh(), block.resnet.c2), of_mirrors):
         block.resnet.c2 = module
         check(1)
+    vae.to(memory_format=torch.channels_last)
+    check(1)
     vae.double()
     check(1)
 
