@@ -30,8 +30,9 @@ def distortion_and_rates(vae, x, x_target, channels=None, labels=None):
         channels: a list that gets, a layer each, the KL of its latent channels (N, Z), in nats,
             summed over their positions.
     """
-    if labels is not None:  # before a compiled pass, which takes tensors and doesn't look at them
-        labels = check_labels(labels, len(x), labels_of(getattr(vae, "H", None)))
+    n_labels = labels_of(getattr(vae, "H", None))
+    if labels is not None and n_labels:  # before a compiled pass, which doesn't look at them
+        labels = check_labels(labels, len(x), n_labels)
     wanted = channels is not None
     distortion, rates, of_channels = run_network(_terms, vae, x, x_target, labels, wanted)
     if wanted:
