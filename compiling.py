@@ -117,10 +117,10 @@ class _Compiled:
     def takes(self, function, vae, x, rest):
         """Whether this pass is as the first that it took."""
         grad = torch.is_grad_enabled()
-        tensors = [t for t in (x, *rest) if torch.is_tensor(t)]
-        others = [t for t in rest if not torch.is_tensor(t)]
         if grad != next(vae.parameters()).requires_grad:
             return False
+        tensors = [t for t in (x, *rest) if torch.is_tensor(t)]
+        others = [t for t in rest if not torch.is_tensor(t)]
         weights = [p for own in self.weights for p in own.values() if p is not None]
         key = (
             [[*own.values()] for own in self.modules],
