@@ -27,6 +27,9 @@ def network(enc_blocks="8x1,8d8,1x1", dec_blocks="1x1,8m1,8x1"):
     vae = VAE(H)
     for block in vae.decoder.dec_blocks:  # of a prior at 0 the rate is little more than rounding
         torch.nn.init.normal_(block.prior.c4.weight, std=3)
+    for module in vae.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.normal_(module.bias, std=0.1)
     return H, vae
 
 
